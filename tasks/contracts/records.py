@@ -1,0 +1,203 @@
+"""What the steps hand to one another and what is stored: small, frozen, JSON. Tensors and files go by reference.
+
+Accuracies, drops and agreements are in percent and percentage points.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from tasks.contracts.spec import PreprocessSpec
+
+SplitName = Literal["train", "calibration", "selection", "gate"]
+SPLITS: tuple[SplitName, ...] = ("train", "calibration", "selection", "gate")
+
+
+class Record(BaseModel):
+    """Frozen data with a lossless JSON form. NaN survives it, so that a gate can see it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+
+class ArtifactRef(Record):
+    """A stored file, named by its content."""
+
+    key: str
+    sha256: str
+    size_bytes: int
+
+
+class DataRecord(Record):
+    """Images decoded once, and who belongs to which split."""
+
+    source: str
+    class_names: tuple[str, ...]
+    counts: dict[SplitName, int]
+    duplicates_dropped: int
+    preprocess: PreprocessSpec
+    height: int
+    width: int
+    channels: int
+    cache: str  # digest that names the decoded pixels in the scratch folder
+    members: ArtifactRef  # Parquet: row, path, label, split, pixels (sha256)
+
+
+class ModelRecord(Record):
+    """A float model that loads: its weights as safetensors."""
+
+    architecture: str
+    arguments: dict[str, bool | int | float | str]
+    num_classes: int
+    num_parameters: int
+    weights: ArtifactRef
+
+
+class Accuracy(Record):
+    """Of one model on one split. Intervals are 95 % (Wilson)."""
+
+    num_images: int
+    top1: float
+    top1_interval: tuple[float, float]
+    top5: float
+    top5_interval: tuple[float, float]
+    recall: tuple[float | None, ...]  # per class; None for a class without images
+    confusion: tuple[tuple[int, ...], ...] | None  # rows are labels; None above 100 classes
+    predictions: ArtifactRef  # npz: labels [N], top [N, 5]
+
+
+class Comparison(Record):
+    """Engine against float model on the same images. The interval is 95 % and paired."""
+
+    top1_drop: float
+    top1_drop_interval: tuple[float, float]
+    top5_drop: float
+    class_drop: float  # the worst class
+    worst_class: str
+    agreement: float
+    only_float_right: int
+    only_engine_right: int
+    p_value: float  # McNemar, exact
+
+
+class Epoch(Record):
+    """One epoch of training."""
+
+    epoch: int
+    loss: float
+    selection_top1: float
+    learning_rate: float
+    seconds: float
+
+
+class QuantizedRecord(Record):
+    """Weights and quantization parameters of the simulated INT8 model, as safetensors."""
+
+    state: ArtifactRef
+    method: Literal["ptq", "qat"]
+    scheme: str
+    num_quantized: int
+    kept_float: tuple[str, ...]
+    fold_error: float  # largest difference of any logit by folding batch norm, over the logits' spread
+    selection_top1: float  # of the simulation
+    epochs: tuple[Epoch, ...]
+
+
+class LayerError(Record):
+    """How far one layer's runtime output is from the simulation's, both fed the simulation's input."""
+
+    layer: str
+    op_type: str
+    max_steps: float  # largest difference, in quantization steps of its output
+    sqnr_db: float  # signal over quantization noise, INT8 against float, each on its own input
+
+
+class LayerCost(Record):
+    """Parameters and multiply-accumulates of one layer for one image."""
+
+    layer: str
+    op_type: str
+    parameters: int
+    macs: int
+    precision: Literal["int8", "float32"]
+
+
+class Compression(Record):
+    """What INT8 saves."""
+
+    float_bytes: int
+    int8_bytes: int
+    ratio: float
+    parameters: int
+    bits_per_weight: float
+    macs: int
+    int8_macs: int
+    layers: tuple[LayerCost, ...]
+
+
+class Parity(Record):
+    """Simulation against runtime on the same images."""
+
+    num_images: int
+    agreement: float
+    simulation_top1: float
+    runtime_top1: float
+    layers: tuple[LayerError, ...]
+
+
+class ExportRecord(Record):
+    """The float and the INT8 graph, linted."""
+
+    float_onnx: ArtifactRef
+    int8_onnx: ArtifactRef
+    opset: int
+    compression: Compression
+
+
+class EngineRecord(Record):
+    """What is released: the file that the runtime loads, and how it was told to load it."""
+
+    runtime: str
+    version: str
+    engine: ArtifactRef
+    options: dict[str, str]
+    hardware: str
+
+
+class Latency(Record):
+    """Float and INT8 in turns, one batch size."""
+
+    batch_size: int
+    rounds: int
+    float_ms: dict[str, float]  # median, p95, p99
+    int8_ms: dict[str, float]
+    float_images_per_second: float
+    int8_images_per_second: float
+    speedup: float  # ratio of medians
+    speedup_quartiles: tuple[float, float]  # of the ratios of neighbours in time
+
+
+class Memory(Record):
+    """Peak resident memory of a fresh process that loads one model and runs it."""
+
+    float_mib: float
+    int8_mib: float
+
+
+class Verdict(Record):
+    """One gate."""
+
+    gate: str
+    metric: str
+    unit: str
+    limit: float
+    measured: float | None
+    passed: bool
+
+
+class Decision(Record):
+    """All gates at once."""
+
+    verdicts: tuple[Verdict, ...]
+    passed: bool

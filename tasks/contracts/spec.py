@@ -1,0 +1,222 @@
+"""What to produce: one frozen model that is the YAML file, the flow's parameter and the command line at once.
+
+Everything here changes the result, so every section that a step depends on is part of that step's key.
+Accuracy limits and drops are in percentage points.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tasks.contracts.errors import SpecError
+
+SchemeName = Literal["onnxruntime", "tensorrt"]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Side = Annotated[int, Field(ge=1, le=8192)]
+
+
+class Section(BaseModel):
+    """A part of the spec: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class ModelSpec(Section):
+    """The float classifier."""
+
+    architecture: str = Field(
+        "torchvision:mobilenet_v3_small",
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
+        description="torchvision:<name>, or module:factory for your own; the factory takes num_classes.",
+    )
+    weights: str | None = Field(
+        None,
+        description="A .safetensors or .pth file, or a torchvision weights name such as IMAGENET1K_V2 or DEFAULT.",
+    )
+    num_classes: Count | None = Field(None, description="Outputs of the model; taken from the data when not given.")
+    arguments: dict[str, bool | int | float | str] = Field(
+        default_factory=dict, description="Further keyword arguments of the factory."
+    )
+
+
+class PreprocessSpec(Section):
+    """From a decoded image to the model's input: resize, centre crop, scale to 0..1, normalise."""
+
+    resize: Side | tuple[Side, Side] | None = Field(
+        None, description="Short side in pixels, or height and width; nothing keeps the size."
+    )
+    crop: Side | tuple[Side, Side] | None = Field(None, description="Centre crop: side, or height and width.")
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
+    mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="Per channel, of values in 0..1.")
+    std: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.229, 0.224, 0.225), description="Per channel.")
+
+    @model_validator(mode="after")
+    def _channels_agree(self) -> Self:
+        if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
+            raise ValueError(
+                f"mean has {len(self.mean)} and std has {len(self.std)} values; both need 3 (colour) or 1 (grey)"
+            )
+        return self
+
+
+class DataSpec(Section):
+    """Where the images come from, and how they are split.
+
+    Train, calibration, selection and gate never share an image, compared by decoded pixels.
+    """
+
+    source: str = Field(
+        "digits",
+        description="Folder with one sub-folder per class, a .csv or .parquet manifest (columns path, label), "
+        "torchvision:<dataset>, or digits (bundled).",
+    )
+    root: Path | None = Field(
+        None,
+        description="What a manifest's paths start from (its own folder by default); where torchvision keeps data.",
+    )
+    gate_source: str | None = Field(
+        None, description="A source of its own for the gate split; otherwise the gate is taken from the source."
+    )
+    calibration: Count = Field(512, description="Images that ranges are measured on.")
+    selection: Count | Share = Field(0.15, description="Images for choices during quantization: a number or a share.")
+    gate: Count | Share = Field(0.25, description="Images that judge the result once: a number or a share.")
+    require_every_class: bool = Field(True, description="Refuse a split in which a class has no image.")
+    preprocess: PreprocessSpec | None = Field(
+        None, description="Needed unless torchvision weights bring theirs or the data is digits."
+    )
+
+
+class QatSpec(Section):
+    """Quantization-aware training: learned scales, taught by the float model."""
+
+    epochs: Count = 8
+    batch_size: Count = 64
+    learning_rate: float = Field(1e-4, gt=0, description="Peak of the cosine schedule, for weights.")
+    scale_learning_rate: float = Field(
+        1e-3, gt=0, description="The same for quantization scales, relative to each scale."
+    )
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: float = Field(0.05, ge=0, lt=1, description="Share of all steps over which the rates rise.")
+    distillation: float = Field(1.0, ge=0, le=1, description="Weight of the float model's answers against the labels.")
+    temperature: float = Field(2.0, gt=0, description="Softens both answers in distillation.")
+    ema_decay: float = Field(0.99, ge=0, lt=1, description="Of the moving average of the weights; 0 turns it off.")
+    patience: Count = Field(3, description="Epochs without a better selection score before training stops.")
+    gradient_clip: float = Field(1.0, gt=0, description="Largest global norm of the gradient.")
+    mirror: bool = Field(True, description="Train on mirrored images too; not for text or digits.")
+
+
+class QuantSpec(Section):
+    """How the model becomes INT8."""
+
+    method: Literal["ptq", "qat"] = Field("ptq", description="Calibrate only, or train with quantization simulated.")
+    ranges: Literal["minmax", "percentile", "mse"] = Field("mse", description="How activation ranges are chosen.")
+    percentile: float = Field(99.99, gt=50, le=100, description="Share of values kept by ranges: percentile.")
+    bias_correction: bool = Field(True, description="Move each layer's bias by the mean error that rounding adds.")
+    keep_float: tuple[str, ...] = Field((), description="Globs of layer names that stay float, such as features.0.*.")
+    qat: QatSpec = QatSpec()
+
+
+class TargetSpec(Section):
+    """What the engine is built for."""
+
+    runtime: Literal["onnxruntime"] = Field("onnxruntime", description="The runtime that the engine is built for.")
+    scheme: SchemeName | None = Field(None, description="Quantization scheme; the runtime's own when not given.")
+    threads: Count = Field(1, description="Threads of the runtime, inside one inference.")
+
+    @property
+    def scheme_name(self) -> SchemeName:
+        return self.scheme or self.runtime
+
+
+class EvaluationSpec(Section):
+    """How scores are measured."""
+
+    batch_size: Count = Field(64, description="Images per inference while accuracy is scored.")
+    latency_batch_sizes: tuple[Count, ...] = Field((1, 8, 32), min_length=1, description="The first one is gated.")
+    latency_rounds: Annotated[int, Field(ge=10)] = Field(
+        50, description="Timed inferences per model and batch size; float and INT8 take turns."
+    )
+
+
+class GatesSpec(Section):
+    """Limits that a release must keep. Null switches a gate off; whatever is on must have been measured."""
+
+    max_top1_drop: float | None = Field(1.0, description="Float minus engine top-1, in points.")
+    max_top5_drop: float | None = Field(1.0, description="Float minus engine top-5, in points.")
+    max_class_drop: float | None = Field(None, description="The worst class's loss of recall, in points.")
+    min_agreement: float | None = Field(95.0, ge=0, le=100, description="Same answer as the float model, in percent.")
+    min_parity: float | None = Field(97.0, ge=0, le=100, description="Same answer as the simulation, in percent.")
+    min_compression: float | None = Field(3.0, gt=0, description="Float file size over INT8 file size.")
+    min_speedup: float | None = Field(1.0, gt=0, description="Float latency over INT8 latency, medians.")
+    max_latency_ms: float | None = Field(None, gt=0, description="Median of one inference, in milliseconds.")
+    max_memory_mib: float | None = Field(None, gt=0, description="Peak memory of a process that runs the engine.")
+
+
+class RunSpec(Section):
+    """One run: the float model that comes in, the INT8 engine that goes out, and what it must keep."""
+
+    name: str = Field(
+        ..., pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=80, description="Name under which releases appear."
+    )
+    seed: int = Field(0, ge=0, le=2**32 - 1)
+    model: ModelSpec = ModelSpec()
+    data: DataSpec = DataSpec()
+    quant: QuantSpec = QuantSpec()
+    target: TargetSpec = TargetSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    gates: GatesSpec = GatesSpec()
+
+
+def spec_from(values: Any, *, origin: str) -> RunSpec:
+    """Check `values` and say every mistake at once, each with the path of its key.
+
+    Raises:
+        SpecError: if a key is unknown or a value does not fit.
+    """
+    try:
+        return RunSpec.model_validate(values)
+    except ValidationError as error:
+        mistakes = [_mistake(detail) for detail in error.errors()]
+        raise SpecError(f"{origin}: " + "; ".join(mistakes) + ".", remedy="Mend these keys.") from error
+
+
+def read_spec(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, not yet checked.
+
+    Raises:
+        SpecError: if the file is missing, is not YAML, or holds no mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError(f"{path}: {error.strerror}.", remedy="Name a spec file that can be read.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path} is not YAML: {error}.", remedy="Mend the file.") from error
+    if not isinstance(values, dict):
+        raise SpecError(f"{path} holds {type(values).__name__}, not a mapping.", remedy="Start with `name:`.")
+    return values
+
+
+def _mistake(detail: Any) -> str:
+    key = ".".join(str(part) for part in detail["loc"]) or "spec"
+    if detail["type"] == "extra_forbidden":
+        return f"{key} is not a key ({_neighbours(detail['loc'])})"
+    if detail["type"] == "missing":
+        return f"{key} is missing"
+    return f"{key}: {detail['msg'].removeprefix('Value error, ').lower()} (found {detail['input']!r})"
+
+
+def _neighbours(location: tuple[int | str, ...]) -> str:
+    """The keys that exist beside a misspelt one."""
+    section: type[BaseModel] = RunSpec
+    for part in location[:-1]:
+        annotation = section.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return "no key of that name exists there"
+        section = annotation
+    return "known: " + ", ".join(section.model_fields)
