@@ -77,7 +77,7 @@ class DataSpec(Section):
     )
     root: Path | None = Field(
         None,
-        description="What a manifest's paths start from (its own folder by default); where torchvision keeps data.",
+        description="What a manifest's paths start from (default: its own folder); where torchvision keeps data.",
     )
     gate_source: str | None = Field(
         None, description="A source of its own for the gate split; otherwise the gate is taken from the source."
@@ -97,9 +97,7 @@ class QatSpec(Section):
     epochs: Count = 8
     batch_size: Count = 64
     learning_rate: float = Field(1e-4, gt=0, description="Peak of the cosine schedule, for weights.")
-    scale_learning_rate: float = Field(
-        1e-3, gt=0, description="The same for quantization scales, relative to each scale."
-    )
+    scale_learning_rate: float = Field(1e-3, gt=0, description="The same for scales, relative to each scale.")
     weight_decay: float = Field(0.0, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of all steps over which the rates rise.")
     distillation: float = Field(1.0, ge=0, le=1, description="Weight of the float model's answers against the labels.")
