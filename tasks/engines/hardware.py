@@ -1,0 +1,45 @@
+"""The CPU that an engine runs on: part of an engine's key, and of every latency's meaning."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+INT8_DOT = ("avx512_vnni", "avx_vnni", "asimddp")  # multiply 8-bit values and add them up in 32 bits at once
+FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def hardware() -> str:
+    """Model of the CPU and those of its instruction sets that INT8 speed depends on."""
+    facts = _facts()
+    model = facts.get("model name") or platform.processor() or platform.machine()
+    flags = [flag for flag in FLAGS if flag in _flags(facts)]
+    return f"{model} ({', '.join(flags) or 'instruction sets unknown'})"
+
+
+def has_vnni() -> bool:
+    """Whether the CPU has VNNI, or Arm's like of it. False also where the system does not tell."""
+    return not _flags(_facts()).isdisjoint(INT8_DOT)
+
+
+def int8_notes() -> tuple[str, ...]:
+    """What a reader must know before trusting INT8 numbers from this CPU."""
+    if has_vnni():
+        return ()
+    return (
+        "This CPU shows no VNNI instructions: 8-bit weights may saturate in 16-bit sums, which costs accuracy, "
+        "and INT8 may run slower than float. Judge latency and accuracy on the target's CPU.",
+    )
+
+
+def _facts() -> dict[str, str]:
+    """The first processor's lines in /proc/cpuinfo; nothing on systems without it."""
+    if not CPUINFO.exists():
+        return {}
+    first = CPUINFO.read_text(encoding="utf-8").split("\n\n")[0]
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+
+
+def _flags(facts: dict[str, str]) -> set[str]:
+    return set(f"{facts.get('flags', '')} {facts.get('Features', '')}".split())

@@ -1,0 +1,101 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as vendor
+
+from tasks.contracts.errors import EngineError
+from tasks.engines.base import Engine, TensorInfo
+
+PROVIDER = "CPUExecutionProvider"
+ERRORS_ONLY = 3  # of the severities 0 to 4
+DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(uint8)": np.uint8,
+    "tensor(int8)": np.int8,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+}
+# The vendor's exceptions have no base of their own; pybind11 turns what C++ throws besides into RuntimeError.
+VENDOR_ERRORS: tuple[type[Exception], ...] = (
+    *(kind for kind in vars(vendor).values() if isinstance(kind, type) and issubclass(kind, Exception)),
+    RuntimeError,
+)
+
+
+class OnnxRuntimeEngine(Engine):
+    """An ONNX file in ONNX Runtime, on the CPU and nowhere else.
+
+    Without `optimise` the graph runs as it was written, operator by operator.
+    """
+
+    def __init__(self, path: Path, *, threads: int, optimise: bool = True) -> None:
+        self._path = path
+        self._level = "ORT_ENABLE_ALL" if optimise else "ORT_DISABLE_ALL"
+        self._threads = threads
+
+    @property
+    def options(self) -> dict[str, str]:
+        return {
+            "provider": PROVIDER,
+            "intra_op_num_threads": str(self._threads),
+            "inter_op_num_threads": "1",
+            "graph_optimization_level": self._level,
+            "session.intra_op.allow_spinning": "1",  # the default: threads wait busily, quick but not idle
+        }
+
+    @staticmethod
+    def version() -> str:
+        return str(ort.__version__)
+
+    def _open(self) -> None:
+        if not self._path.is_file():
+            raise EngineError(f"{self._path} is not a file.", remedy="Name an ONNX file that exists.")
+        options = ort.SessionOptions()
+        options.log_severity_level = ERRORS_ONLY
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        options.graph_optimization_level = ort.GraphOptimizationLevel.__members__[self._level]
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+        with engine_errors(f"opening {self._path.name}", remedy="Check that the file is a whole ONNX model."):
+            self._session = ort.InferenceSession(self._path, options, providers=[PROVIDER])
+        if self._session.get_providers() != [PROVIDER]:  # ONNX Runtime replaces a missing provider quietly
+            raise EngineError(f"{PROVIDER} is unavailable; ONNX Runtime took {self._session.get_providers()}.")
+        self.inputs = tuple(_info(argument) for argument in self._session.get_inputs())
+        self.outputs = tuple(_info(argument) for argument in self._session.get_outputs())
+
+    def _close(self) -> None:
+        del self._session
+
+    def _run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        with engine_errors(f"running {self._path.name}"):
+            answers = self._session.run(None, dict(feed))
+        return {info.name: answer for info, answer in zip(self.outputs, answers, strict=True)}
+
+
+@contextmanager
+def engine_errors(doing: str, *, remedy: str = "") -> Iterator[None]:
+    """The vendor's exceptions become ours, chained."""
+    try:
+        yield
+    except VENDOR_ERRORS as error:
+        raise EngineError(f"ONNX Runtime failed while {doing}: {error}.", remedy=remedy) from error
+
+
+def _info(argument: ort.NodeArg) -> TensorInfo:
+    if argument.type not in DTYPES:
+        raise EngineError(f"{argument.name!r} is {argument.type}; known are {', '.join(DTYPES)}.")
+    return TensorInfo(
+        name=argument.name,
+        dtype=np.dtype(DTYPES[argument.type]),
+        shape=tuple(size if isinstance(size, int) else None for size in argument.shape),
+    )

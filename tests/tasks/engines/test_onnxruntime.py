@@ -1,0 +1,85 @@
+"""What is particular to ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnxruntime as ort
+import pytest
+from onnxruntime.capi import onnxruntime_pybind11_state
+
+from tasks.contracts.errors import EngineError
+from tasks.engines import onnxruntime as adapter
+from tasks.engines.onnxruntime import VENDOR_ERRORS, OnnxRuntimeEngine, engine_errors
+
+
+@pytest.fixture
+def gather(tmp_path: Path) -> Path:
+    """Takes the value at an index; only running it shows that an index is out of bounds."""
+    text = """
+    <ir_version: 10, opset_import: ["": 21]>
+    gather (int64[N] index) => (float[N] value)
+    <float[3] table = {10, 20, 30}>
+    { value = Gather(table, index) }
+    """
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "gather.onnx")
+    return tmp_path / "gather.onnx"
+
+
+def test_a_failure_while_running_is_ours_and_chained(gather: Path) -> None:
+    """The vendor's exception stays readable as the cause."""
+    with (
+        OnnxRuntimeEngine(gather, threads=1) as engine,
+        pytest.raises(EngineError, match=r"running gather\.onnx.*out of") as caught,
+    ):
+        engine.run({"index": np.array([7])})
+    assert isinstance(caught.value.__cause__, VENDOR_ERRORS)
+
+
+@pytest.mark.parametrize(
+    "name", ["Fail", "InvalidArgument", "InvalidProtobuf", "NoSuchFile", "NotImplemented", "EPFail"]
+)
+def test_the_vendors_exceptions_are_all_known(name: str) -> None:
+    """Each exception that ONNX Runtime defines is mapped."""
+    kind = getattr(onnxruntime_pybind11_state, name)
+    with pytest.raises(EngineError, match="while testing"), engine_errors("testing"):
+        raise kind("broken")
+
+
+def test_another_provider_than_asked_is_an_error(gather: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime falls back to the CPU with a warning; we do not."""
+    monkeypatch.setattr(adapter, "PROVIDER", "CUDAExecutionProvider")
+    with (
+        pytest.warns(UserWarning, match="not in available provider"),
+        pytest.raises(EngineError, match="CUDAExecutionProvider is unavailable"),
+        OnnxRuntimeEngine(gather, threads=1),
+    ):
+        pass
+
+
+def test_the_session_has_the_options_that_are_recorded(gather: Path) -> None:
+    """Threads, optimisation and spinning reach the runtime as the record says."""
+    with OnnxRuntimeEngine(gather, threads=2, optimise=False) as engine:
+        session = engine._session.get_session_options()
+        assert session.intra_op_num_threads == int(engine.options["intra_op_num_threads"]) == 2
+        assert session.inter_op_num_threads == int(engine.options["inter_op_num_threads"]) == 1
+        assert session.graph_optimization_level == ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        assert engine.options["graph_optimization_level"] == "ORT_DISABLE_ALL"
+        spinning = "session.intra_op.allow_spinning"
+        assert session.get_session_config_entry(spinning) == engine.options[spinning]
+
+
+def test_an_unknown_element_type_is_named(tmp_path: Path) -> None:
+    """A string input belongs to no image classifier."""
+    text = (
+        '<ir_version: 10, opset_import: ["": 21]> words (string[N] text) => (string[N] same) { same = Identity(text) }'
+    )
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "words.onnx")
+    with (
+        pytest.raises(EngineError, match=r"'text' is tensor\(string\)"),
+        OnnxRuntimeEngine(tmp_path / "words.onnx", threads=1),
+    ):
+        pass
