@@ -1,0 +1,102 @@
+"""A folder as a store: the default on one machine, and the double in tests."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tasks.contracts.errors import StoreError
+from tasks.contracts.records import ArtifactRef
+from tasks.stores.base import Keys, Store
+from tasks.stores.workspace import replacing
+
+_REMEDIES = {
+    errno.ENOSPC: "Free some space, or set REQUANT_STORE to another disk.",
+    errno.EDQUOT: "Free some space, or set REQUANT_STORE to another disk.",
+    errno.EFBIG: "Raise the limit of file sizes, or set REQUANT_STORE to another disk.",
+    errno.EACCES: "Make the folder writable for this user, or set REQUANT_STORE to another.",
+    errno.EPERM: "Make the folder writable for this user, or set REQUANT_STORE to another.",
+    errno.EROFS: "The disk is mounted read-only; set REQUANT_STORE to another.",
+    errno.EEXIST: "A file stands where a folder is needed; set REQUANT_STORE to a folder.",
+    errno.ENOTDIR: "A file stands where a folder is needed; set REQUANT_STORE to a folder.",
+}
+
+
+class LocalStore(Store):
+    """Keys are paths below `root`, which is made with the first write."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def __str__(self) -> str:
+        return str(self._root)
+
+    def local_path(self, ref: ArtifactRef) -> Path:
+        """The artifact where it lies, for reading in place. It must not be changed; its digest is not checked."""
+        if not self.holds(ref):
+            raise self._missing(ref.key)
+        return self._root / ref.key
+
+    def _upload(self, path: Path, key: str) -> None:
+        with self._errors("cannot be stored", key), replacing(self._made(key)) as partial:
+            shutil.copyfile(path, partial)
+
+    def _download(self, key: str, path: Path) -> None:
+        try:
+            shutil.copyfile(self._root / key, path)
+        except FileNotFoundError:
+            raise self._missing(key) from None
+
+    def _size(self, key: str) -> int | None:
+        with self._errors("cannot be looked up", key):
+            try:
+                return (self._root / key).stat().st_size
+            except FileNotFoundError:
+                return None
+
+    def _write(self, key: str, content: bytes) -> None:
+        with self._errors("cannot be written", key), replacing(self._made(key)) as partial:
+            partial.write_bytes(content)
+
+    def _read(self, key: str) -> bytes | None:
+        with self._errors("cannot be read", key):
+            try:
+                return (self._root / key).read_bytes()
+            except FileNotFoundError:
+                return None
+
+    def _keys(self, prefix: str) -> Keys:
+        start = self._root / prefix.rpartition("/")[0]  # folders beside the prefix are not walked
+        with self._errors("cannot be listed", prefix):
+            keys = [
+                (Path(folder) / name).relative_to(self._root).as_posix()
+                for folder, _, names in os.walk(start, onerror=_unless_missing)
+                for name in names
+                if not name.startswith(".")  # half-written by someone else
+            ]
+        return [key for key in keys if key.startswith(prefix)]
+
+    def _made(self, key: str) -> Path:
+        target = self._root / key
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target
+
+    def _missing(self, key: str) -> StoreError:
+        return StoreError(f"{key} is not in {self}.", remedy="Run again: the step that makes it will redo it.")
+
+    @contextmanager
+    def _errors(self, problem: str, key: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            remedy = _REMEDIES.get(error.errno or 0, "Check the folder, or set REQUANT_STORE to another.")
+            raise StoreError(f"{key} {problem} in {self}: {error.strerror}.", remedy=remedy) from error
+
+
+def _unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # nothing stored yet, or removed while we look
+        raise error
