@@ -1,0 +1,71 @@
+"""The report as one page that needs nothing but itself."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from tasks.report import content
+from tasks.report.content import RunReport
+from tasks.report.plots import DARK, LIGHT, Palette, image_of, summary_figure, training_figure
+
+MIB = 2**20
+MAX_CONFUSION = 20
+MAX_CLASSES = 200
+
+
+def as_html(report: RunReport) -> str:
+    """The whole report. Every name in it is escaped, and the page may load nothing."""
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {
+        "number": content.number,
+        "with_unit": content.with_unit,
+        "limit": content.limit_of,
+        "title_of": content.title_of,
+        "mib": lambda size_bytes, digits=2: content.number(size_bytes / MIB, digits),
+    }
+    changes = content.class_changes(report)
+    return templates.get_template("page.html").render(
+        report=report,
+        headline=content.headline(report.decision),
+        cautions=content.cautions(report),
+        duration=content.duration(report),
+        op_costs=content.costs_by_op(report.export.compression),
+        noisiest=content.noisiest_first(report.parity.layers),
+        changes=changes[:MAX_CLASSES],
+        num_classes=len(changes),
+        confusion=_confusion(report),
+        spec=yaml.safe_dump(report.spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        picture=_data_urls(report, summary_figure),
+        curve=_data_urls(report, training_figure) if report.quantized.epochs else None,
+    )
+
+
+def _confusion(report: RunReport) -> list[tuple[str, list[tuple[int, float]]]] | None:
+    """Per label: its name and each answer's count and share; None where there are too many classes to read."""
+    confusion = report.engine_accuracy.confusion
+    if confusion is None or len(confusion) > MAX_CONFUSION:
+        return None
+    return [
+        (name, [(count, count / max(sum(row), 1)) for count in row])
+        for name, row in zip(report.data.class_names, confusion, strict=True)
+    ]
+
+
+def _data_urls(report: RunReport, draw: Callable[[RunReport, Palette], Figure]) -> dict[str, str]:
+    """The picture for light and for dark pages."""
+    return {
+        name: "data:image/svg+xml;base64," + b64encode(image_of(draw(report, palette), "svg")).decode()
+        for name, palette in (("light", LIGHT), ("dark", DARK))
+    }

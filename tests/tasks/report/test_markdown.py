@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+
+from tasks.contracts.records import LayerError
+from tasks.contracts.spec import GatesSpec
+from tasks.gates.judge import judge
+from tasks.report.content import RunReport
+from tasks.report.markdown import as_markdown, gate_rows
+
+
+def test_the_verdict_comes_first_and_the_gates_follow(rejected: RunReport) -> None:
+    """A reader of one line knows the result."""
+    lines = as_markdown(rejected).splitlines()
+    assert lines[0] == "# ❌ mobilenet-v3-large: Rejected by 4 of 9 gates"
+    assert lines[2] == "> **Note:** This CPU shows no VNNI instructions."
+    assert sum("**failed**" in line for line in lines) == 4
+    assert sum("✅ passed" in line for line in lines) == 5
+
+
+def test_what_a_decision_rests_on_is_there(report: RunReport) -> None:
+    """Sample size, intervals, worst layers and classes, splits and versions."""
+    text = as_markdown(report)
+    assert "3,900 gate images" in text
+    low, high = report.comparison.top1_drop_interval
+    assert f"({low:.2f} to {high:.2f})" in text
+    worst = min(report.parity.layers, key=lambda layer: layer.sqnr_db)
+    assert f"| {worst.layer} | {worst.op_type} | {worst.sqnr_db:.1f} |" in text
+    assert "calibration 512" in text
+    assert "torchao 0.17.0" in text
+    assert report.engine.engine.sha256 in text
+    assert "Training" not in text
+
+
+def test_training_is_told_when_there_was_any(rejected: RunReport) -> None:
+    """One row per epoch."""
+    assert "| 8 | 0.1750 | 90.75 | 1.25e-05 |" in as_markdown(rejected)
+
+
+def test_every_table_has_one_width(hostile: RunReport, rejected: RunReport) -> None:
+    """Names with bars, tags or line breaks do not break a row."""
+    for text in (as_markdown(hostile), as_markdown(rejected)):
+        table: set[int] = set()
+        for line in text.splitlines():
+            if line.startswith("|"):
+                table.add(line.replace("\\|", "").count("|"))
+                assert len(table) == 1, line
+            else:
+                table = set()
+    assert "<script>" not in as_markdown(hostile)
+    assert "line break" in as_markdown(hostile)
+
+
+def test_a_report_on_a_huge_model_stays_small(report: RunReport) -> None:
+    """A thousand layers and a thousand classes: tables are cut to the worst."""
+    layers = tuple(LayerError(layer=f"block.{i}" * 9, op_type="Conv", max_steps=1, sqnr_db=i) for i in range(1000))
+    recall = tuple(float(value) for value in np.linspace(0, 100, 1000))
+    huge = report.model_copy(
+        update={
+            "parity": report.parity.model_copy(update={"layers": layers}),
+            "data": report.data.model_copy(update={"class_names": tuple(f"class {i}" for i in range(1000))}),
+            "float_accuracy": report.float_accuracy.model_copy(update={"recall": recall, "confusion": None}),
+            "engine_accuracy": report.engine_accuracy.model_copy(update={"recall": recall, "confusion": None}),
+        }
+    )
+    assert len(as_markdown(huge).encode()) < 100_000
+
+
+def test_gate_rows_are_plain_and_fit_strict_json() -> None:
+    """No NumPy types, nothing infinite; every row has the same columns."""
+    measured = {"top1_drop": float("nan"), "agreement": np.float64(97.5), "speedup": math.inf, "parity": None}
+    rows = gate_rows(judge(measured, GatesSpec()))
+    json.dumps(rows, allow_nan=False)
+    assert {type(value) for row in rows for value in row.values()} <= {str, float, bool, type(None)}
+    assert {tuple(row) for row in rows} == {("gate", "passed", "measured", "limit", "unit")}
+    by_gate = {row["gate"]: row for row in rows}
+    assert by_gate["min_agreement"] == {
+        "gate": "min_agreement",
+        "passed": True,
+        "measured": 97.5,
+        "limit": 95.0,
+        "unit": "%",
+    }
+    assert by_gate["max_top1_drop"]["measured"] is None
+    assert by_gate["min_speedup"]["measured"] is None
+    assert not by_gate["min_speedup"]["passed"]
