@@ -172,7 +172,7 @@ def test_another_architecture_is_recognised(tmp_path: Path) -> None:
     """Missing and unknown tensors are both counted, and the first are named."""
     message = refusal(tmp_path / "w.pth", nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).state_dict())
     assert "4 of 9 tensors are missing (1.running_mean, 1.running_var, 3.weight, ...)" in message
-    assert "differ in shape (0.weight is 2x2, not 2x1x3x3)" in message
+    assert "2 differ in shape (0.weight is 2x2, not 2x1x3x3, 1.weight is 2x2, not 2)" in message
     assert "weights for another architecture" in message
 
 
