@@ -1,0 +1,202 @@
+"""One module that observes a tensor, chooses its range, simulates INT8 on it and learns its scale.
+
+Learned scales follow LSQ (Esser et al., Learned Step Size Quantization, ICLR 2020). The scale is kept as its logarithm,
+so it stays positive and one learning rate suits all layers. With y the simulated x, equation 3 times the scale becomes
+
+    dL/d(log s) = sum(dL/dy * y) - sum(dL/dx * x)
+
+which needs two products and no tensor of its own.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
+
+from tasks.contracts.spec import QuantSpec
+from tasks.quant.ranges import SMALLEST_SCALE, Grid, mse_range, percentile_range, scale_and_zero_point
+
+NUM_BINS = 2048
+_SAMPLE = 2**20  # values of one batch that enter the histogram; the observed ends are exact
+
+
+class Mode(Enum):
+    """What a pass through the model does with each tensor."""
+
+    PASS = "pass"  # noqa: S105 - no password
+    OBSERVE_ENDS = "observe ends"
+    OBSERVE_HISTOGRAM = "observe histogram"
+    SIMULATE = "simulate"
+
+
+class FakeQuantizer(FakeQuantizeBase):  # type: ignore[misc]
+    """Per-tensor simulation of INT8. `PerChannelFakeQuantizer` is the same for weights.
+
+    PT2E makes one for each quantized tensor and, at conversion, asks `calculate_qparams`.
+    """
+
+    def __init__(
+        self,
+        *,
+        dtype: torch.dtype,
+        quant_min: int,
+        quant_max: int,
+        qscheme: torch.qscheme,
+        ch_axis: int = -1,
+        is_dynamic: bool = False,
+        eps: float = 0.0,
+    ) -> None:
+        super().__init__()
+        for flag in ("fake_quant_enabled", "observer_enabled"):
+            delattr(self, flag)  # tensors that would cost a device round trip each time they are read
+        assert not is_dynamic
+        assert eps == 0.0
+        self.dtype, self.qscheme, self.ch_axis, self.is_dynamic = dtype, qscheme, ch_axis, is_dynamic
+        self.quant_min, self.quant_max = quant_min, quant_max
+        symmetric = qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
+        self.grid = Grid(quant_min, quant_max, symmetric)
+        self.mode = Mode.PASS
+        self.log_scale = nn.Parameter(torch.zeros(1))
+        self.zero_point: Tensor
+        self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
+        self.low: float = float("inf")
+        self.high: float = float("-inf")
+        self.histogram_B: Tensor | None = None
+
+    @property
+    def scale(self) -> Tensor:
+        return self.log_scale.exp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mode is Mode.SIMULATE:
+            return self._simulate(x)
+        if self.mode is not Mode.PASS:
+            self._observe(x.detach())
+        return x
+
+    def _simulate(self, x: Tensor) -> Tensor:
+        simulated: Tensor = _SimulatePerTensor.apply(x, self.log_scale, self.zero_point, self.quant_min, self.quant_max)
+        return simulated
+
+    def _observe(self, x: Tensor) -> None:
+        if self.mode is Mode.OBSERVE_ENDS:
+            low, high = torch.aminmax(x)
+            self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
+            return
+        values = x.flatten()
+        values = values[:: max(1, values.numel() // _SAMPLE)].float()
+        counts_B = torch.histc(values, NUM_BINS, self.low, self.high) if self.high > self.low else None
+        if counts_B is not None:
+            self.histogram_B = counts_B if self.histogram_B is None else self.histogram_B + counts_B
+
+    def choose_range(self, spec: QuantSpec) -> None:
+        """Set scale and zero point from what was observed.
+
+        Args:
+            spec: says how; minmax needs the ends alone, the others the histogram.
+        """
+        low, high = torch.tensor(self.low), torch.tensor(self.high)
+        if self.histogram_B is not None and spec.ranges == "percentile":
+            low, high = percentile_range(self.histogram_B.cpu(), self.low, self.high, spec.percentile)
+        elif self.histogram_B is not None and spec.ranges == "mse":
+            low, high = mse_range(self.histogram_B.cpu(), self.low, self.high, self.grid)
+        self.set_range(low.reshape(1), high.reshape(1))
+        self.histogram_B = None
+
+    @torch.no_grad()
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Cover low..high, each [1] or, per channel, [channels]."""
+        scale, zero_point = scale_and_zero_point(low, high, self.grid)
+        self.log_scale = nn.Parameter(scale.log().to(self.log_scale.device))
+        self.zero_point = zero_point.to(self.zero_point.device)
+
+    def covered(self) -> tuple[float, float]:
+        """The range that the present scale and zero point cover."""
+        scale, zero_point = float(self.scale), int(self.zero_point)
+        return (self.quant_min - zero_point) * scale, (self.quant_max - zero_point) * scale
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point as PT2E writes them into the converted graph."""
+        return self.scale.detach().clamp(min=SMALLEST_SCALE), self.zero_point
+
+    def convert(self, *_: Any) -> None:  # pragma: no cover - PT2E asks whether it exists, never calls it here
+        raise AssertionError
+
+
+class PerChannelFakeQuantizer(FakeQuantizer):
+    """For weights [O, ...]: one symmetric range for each output channel."""
+
+    def _simulate(self, x: Tensor) -> Tensor:
+        simulated: Tensor = _SimulatePerChannel.apply(
+            x, self.log_scale, self.zero_point, self.quant_min, self.quant_max
+        )
+        return simulated
+
+    @torch.no_grad()
+    def choose_weight_range(self, weight: Tensor, spec: QuantSpec) -> None:
+        """Ranges from the weights themselves: all of each channel, or the one with least squared error."""
+        weight_ON = weight.detach().flatten(1).float().cpu()
+        reach_O = weight_ON.abs().amax(1)
+        if spec.ranges == "mse":
+            best_O = torch.full_like(reach_O, float("inf"))
+            chosen_O = reach_O.clone()
+            for share in torch.linspace(0.5, 1.0, 51):
+                scale_O, _ = scale_and_zero_point(-reach_O * share, reach_O * share, self.grid)
+                steps_ON = torch.round(weight_ON / scale_O[:, None]).clamp(self.quant_min, self.quant_max)
+                error_O = (steps_ON * scale_O[:, None] - weight_ON).square().sum(1)
+                chosen_O = torch.where(error_O < best_O, reach_O * share, chosen_O)
+                best_O = torch.minimum(error_O, best_O)
+            reach_O = chosen_O
+        self.set_range(-reach_O, reach_O)
+
+
+class _SimulatePerTensor(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, log_scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+        y, inside = torch.ops.aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams(
+            x, log_scale.exp(), zero_point, torch.ones(1, dtype=torch.long, device=x.device), low, high
+        )
+        ctx.save_for_backward(x, y, inside)
+        ctx.shrink = (x.numel() * high) ** -0.5  # LSQ, section 2.2: keeps the scale's step in proportion
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, inside = ctx.saved_tensors
+        gradient_x = upstream[0] * inside
+        gradient_scale = (_dot(upstream[0], y) - _dot(gradient_x, x)) * ctx.shrink
+        return gradient_x, gradient_scale.reshape(1), None, None, None
+
+
+class _SimulatePerChannel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, log_scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+        y, inside = torch.ops.aten.fake_quantize_per_channel_affine_cachemask(
+            x, log_scale.exp(), zero_point, 0, low, high
+        )
+        ctx.save_for_backward(x, y, inside)
+        ctx.shrink = (x.numel() / x.shape[0] * high) ** -0.5
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, inside = ctx.saved_tensors
+        gradient_x = upstream[0] * inside
+        gradient_scale = (upstream[0] * y - gradient_x * x).flatten(1).sum(1) * ctx.shrink
+        return gradient_x, gradient_scale, None, None, None
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of products, in one pass over memory where both lie in the same order."""
+    if a.stride() == b.stride() and a.dtype == b.dtype and a.is_contiguous(memory_format=_layout(a)):
+        flat = (a.numel(),), (1,)
+        return torch.dot(a.as_strided(*flat, a.storage_offset()), b.as_strided(*flat, b.storage_offset()))
+    return (a * b).sum()
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if x.dim() == 4 and not x.is_contiguous() else torch.contiguous_format
