@@ -128,8 +128,8 @@ class PreparedImages:
             StoreError: if `path` cannot be written.
         """
         table = pa.concat_tables([self._members(name) for name in SPLITS])
-        with disk_errors(path.parent), replacing(path) as partial:
-            pq.write_table(table, partial)
+        with disk_errors(path.parent), replacing(path) as partial, partial.open("wb") as file:
+            pq.write_table(table, file)
 
     def _members(self, name: SplitName) -> pa.Table:
         home, rows = self._home(name), self.splits.rows[name]

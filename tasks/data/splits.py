@@ -139,7 +139,8 @@ def _allocate(counts_K: np.ndarray, sizes_S: np.ndarray) -> np.ndarray:
             up_KS[k, s] = 1
             left_K[k] -= 1
             left_S[s] -= 1
-    return floors_KS + up_KS + _repair(up_KS, remainders_KS > 0, left_K, left_S)
+    table_KS: np.ndarray = floors_KS + up_KS + _repair(up_KS, remainders_KS > 0, left_K, left_S)
+    return table_KS
 
 
 def _repair(up_KS: np.ndarray, may_rise_KS: np.ndarray, left_K: np.ndarray, left_S: np.ndarray) -> np.ndarray:
