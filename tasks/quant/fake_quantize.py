@@ -123,9 +123,6 @@ class FakeQuantizer(FakeQuantizeBase):  # type: ignore[misc]
         """Scale and zero point as PT2E writes them into the converted graph."""
         return self.scale.detach().clamp(min=SMALLEST_SCALE), self.zero_point
 
-    def convert(self, *_: Any) -> None:  # pragma: no cover - PT2E asks whether it exists, never calls it here
-        raise AssertionError
-
 
 class PerChannelFakeQuantizer(FakeQuantizer):
     """For weights [O, ...]: one symmetric range for each output channel."""

@@ -27,6 +27,7 @@ from tasks.quant.fake_quantize import FakeQuantizer, PerChannelFakeQuantizer
 
 # A ReLU costs nothing behind an integer layer: the layer's own saturation does it.
 SATURATING = (aten.relu.default, aten.hardtanh.default)
+SATURATED = (*WEIGHTED, aten.add.Tensor)
 UNARY = (
     aten.hardswish.default,
     aten.hardsigmoid.default,
@@ -79,6 +80,7 @@ class Scheme:
     activation_bounds: tuple[int, int]
     symmetric: bool
     integer_bias: bool  # the runtime adds an int32 bias; otherwise it stays float
+    expand_silu: bool  # into sigmoid and product, when the runtime has integer kernels for these two only
     plan: Callable[[GraphModule, frozenset[str]], Plan]
 
     @property
@@ -110,6 +112,11 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
         super().__init__()
         self._scheme = scheme
         self._keep_float = keep_float
+
+    def transform_for_annotation(self, model: GraphModule) -> GraphModule:
+        if self._scheme.expand_silu:
+            expand_silu(model)
+        return model
 
     def annotate(self, model: GraphModule) -> GraphModule:
         plan = self._scheme.plan(model, self._keep_float)
@@ -176,7 +183,21 @@ def _reaches_output(tensor: Node) -> bool:
 def _saturates(node: Node) -> Node | None:
     """The ReLU that an integer layer does for free, if that is the only reader."""
     users = list(node.users)
-    return users[0] if len(users) == 1 and users[0].target in SATURATING else None
+    free = len(users) == 1 and users[0].target in SATURATING and node.target in SATURATED
+    return users[0] if free else None
+
+
+def expand_silu(graph: GraphModule) -> None:
+    """x * sigmoid(x), so that both can be integer: EfficientNet-B0 ran at 0.86 times float without."""
+    for node in list(graph.graph.nodes):
+        if node.target == aten.silu.default:
+            with graph.graph.inserting_before(node):
+                gate = graph.graph.call_function(aten.sigmoid.default, (node.args[0],))
+                product = graph.graph.call_function(aten.mul.Tensor, (node.args[0], gate))
+            gate.meta, product.meta = dict(node.meta), dict(node.meta)
+            node.replace_all_uses_with(product)
+            graph.graph.erase_node(node)
+    graph.recompile()
 
 
 def plan_onnxruntime(graph: GraphModule, keep_float: frozenset[str]) -> Plan:
@@ -201,7 +222,8 @@ def plan_onnxruntime(graph: GraphModule, keep_float: frozenset[str]) -> Plan:
             continue
         integer.add(node)
         for operand in operands:
-            _quantize_with_moves(plan, operand)
+            if _saturates(operand) is not node:
+                _quantize_with_moves(plan, operand)
         if not _reaches_output(node) and not _saturates(node) and node.target != aten.linear.default:
             plan.quantize(node)
     return plan
@@ -308,6 +330,7 @@ SCHEMES: dict[SchemeName, Scheme] = {
         activation_bounds=(0, 255),
         symmetric=False,
         integer_bias=True,
+        expand_silu=True,
         plan=plan_onnxruntime,
     ),
     "tensorrt": Scheme(
@@ -316,6 +339,7 @@ SCHEMES: dict[SchemeName, Scheme] = {
         activation_bounds=(-128, 127),
         symmetric=True,
         integer_bias=False,
+        expand_silu=False,
         plan=plan_tensorrt,
     ),
 }

@@ -1,0 +1,147 @@
+"""From a torch graph to ONNX: float as it is, INT8 with explicit Q/DQ, both in one plain form.
+
+Opset 20 holds per-channel Q/DQ and hard-swish, and both ONNX Runtime and TensorRT 10 read it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+from tasks.contracts.errors import ExportError
+
+OPSET = 20
+INPUT, OUTPUT = "input", "logits"
+_WEIGHTED = ("Conv", "Gemm")
+
+
+def export_onnx(graph: GraphModule, example_NCHW: Tensor, path: Path, *, integer_bias: bool) -> ExportedProgram:
+    """Write `graph` to `path` and give the program that was written, whose names are the file's.
+
+    Args:
+        graph: float, or converted by `tasks.quant.simulate.convert`.
+        example_NCHW: at least two images; the batch stays dynamic.
+        integer_bias: store biases of INT8 layers as int32 in steps of input scale times weight scale.
+
+    Raises:
+        ExportError: if torch or the ONNX checker refuses the graph, or a bias does not fit int32.
+    """
+    batch = {0: torch.export.Dim("batch", min=1)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside torch.onnx itself
+        try:
+            with torch.no_grad():
+                program = torch.export.export(graph, (example_NCHW,), dynamic_shapes=(batch,))
+            exported = torch.onnx.export(
+                program,
+                (example_NCHW,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                optimize=True,
+                verbose=False,
+            )
+        except (RuntimeError, ValueError, torch.onnx.errors.OnnxExporterError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ExportError(f"torch.onnx cannot export the graph: {first}", remedy="See the chained error.") from error
+    assert exported is not None
+    model = exported.model
+    _global_pooling(model)
+    if integer_bias:
+        _integer_biases(model)
+    _plain(model)
+    ir.save(model, path)
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        path.unlink()
+        raise ExportError(f"The exported graph is not valid ONNX: {error}", remedy="Report the model.") from error
+    return program
+
+
+def _array(value: ir.Value | None) -> np.ndarray | None:
+    """The constant behind a value; None if it is computed."""
+    return value.const_value.numpy() if value is not None and value.const_value is not None else None
+
+
+def _global_pooling(model: ir.Model) -> None:
+    """A mean over height and width is GlobalAveragePool: runtimes have an integer kernel for that one only."""
+    for node in model.graph:
+        if node.op_type != "ReduceMean" or len(node.inputs) < 2:
+            continue
+        axes, source = _array(node.inputs[1]), node.inputs[0]
+        keeps = node.attributes.get_int("keepdims", 1)
+        if axes is not None and source is not None and source.shape is not None and len(source.shape) == 4:
+            if keeps and sorted(int(axis) % 4 for axis in axes) == [2, 3]:
+                node.op_type = "GlobalAveragePool"
+                node.resize_inputs(1)
+                node.attributes.clear()
+
+
+def _integer_biases(model: ir.Model) -> None:
+    for node in list(model.graph):
+        if node.op_type not in _WEIGHTED or len(node.inputs) < 3 or node.inputs[2] is None:
+            continue
+        data, weight = (_dequantize_before(value) for value in node.inputs[:2])
+        bias_O = _array(node.inputs[2])
+        if data is None or weight is None or bias_O is None:
+            continue
+        input_scale, weight_scale_O = _array(data.inputs[1]), _array(weight.inputs[1])
+        assert input_scale is not None
+        assert weight_scale_O is not None
+        scale_O = (input_scale * weight_scale_O).astype(np.float32).reshape(-1)
+        steps_O = np.rint(bias_O.astype(np.float64) / scale_O)
+        if np.abs(steps_O).max() > np.iinfo(np.int32).max:
+            raise ExportError(
+                f"A bias of {node.name} needs {np.abs(steps_O).max():.3g} steps and int32 has 2.1e9.",
+                remedy="Widen the weight scales first (fit_biases).",
+            )
+        name = node.inputs[2].name
+        constants = {
+            f"{name}_int32": steps_O.astype(np.int32),
+            f"{name}_scale": scale_O,
+            f"{name}_zero_point": np.zeros_like(steps_O, dtype=np.int32),
+        }
+        inputs = [_initializer(model, key, array) for key, array in constants.items()]
+        dequantize = ir.node("DequantizeLinear", inputs, {"axis": 0}, name=f"{name}_dequantize")
+        model.graph.insert_before(node, dequantize)
+        node.replace_input_with(2, dequantize.outputs[0])
+
+
+def _dequantize_before(value: ir.Value | None) -> ir.Node | None:
+    producer = value.producer() if value is not None else None
+    return producer if producer is not None and producer.op_type == "DequantizeLinear" else None
+
+
+def _initializer(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
+    value = ir.Value(
+        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype)), const_value=ir.tensor(array, name=name)
+    )
+    model.graph.register_initializer(value)
+    return value
+
+
+def _plain(model: ir.Model) -> None:
+    """Nodes named by their layer, unused constants gone, and no trace of the machine that exported."""
+    for node in model.graph:
+        layer = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+        scopes = [scope for scope in layer.strip("[]").replace("'", "").split(", ") if scope]
+        if node.op_type in _WEIGHTED and len(scopes) > 1:
+            node.name = scopes[-2]
+    for holder in (model, model.graph, *model.graph, *(value for node in model.graph for value in node.outputs)):
+        holder.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del model.graph.initializers[name]
+    model.doc_string = model.graph.doc_string = None
