@@ -30,17 +30,18 @@ from tasks.data.preprocess import fit_image
 from tasks.data.sources import Source, open_source
 
 PEAK = """
-import resource, sys
+import sys
 from pathlib import Path
 from tasks.contracts.spec import PreprocessSpec
 from tasks.data.cache import decode_images
 from tasks.data.sources import open_source
+from tasks.scoring.memory_probe import peak_kib
 
 manifest, root, scratch, preprocess = sys.argv[1:]
 source = open_source(manifest, Path(root))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_kib()
 decode_images(source, PreprocessSpec.model_validate_json(preprocess), Path(scratch))
-print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(before, peak_kib())
 """
 
 
@@ -122,7 +123,7 @@ def print_peaks(source: Source, folder: Path, preprocess: PreprocessSpec, scratc
     quarters = np.random.default_rng(0).permutation(len(source)) % 4 == 0  # all classes take part
     for rows in (np.flatnonzero(quarters), np.arange(len(source))):
         manifest = scratch / f"{len(rows)}.csv"
-        table = {"path": [source.names[row] for row in rows], "label": source.labels[rows]}
+        table = {"path": np.array(source.names)[rows], "label": source.labels[rows]}
         pd.DataFrame(table).to_csv(manifest, index=False)
         options = [str(manifest), str(folder), str(scratch / f"peak{len(rows)}"), preprocess.model_dump_json()]
         child = subprocess.run([sys.executable, "-c", PEAK, *options], capture_output=True, text=True, check=True)
