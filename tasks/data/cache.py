@@ -222,6 +222,6 @@ def disk_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StoreError(
-            f"{folder} cannot be written: {error.strerror}.",
+            f"{folder} cannot be written: {error.strerror or error}.",
             remedy="Free space there, or set REQUANT_SCRATCH to a writable folder on a larger disk.",
         ) from error

@@ -162,6 +162,17 @@ def test_different_sizes_are_refused(
     assert threading.active_count() == threads
 
 
+def test_bad_files_go_before_different_sizes(
+    write_folder: Callable[..., Path], photo: Callable[..., Image.Image], tmp_path: Path
+) -> None:
+    """Once a file is bad, the rest is read only to name every bad file."""
+    folder = write_folder({"a": 2, "b": 2})
+    (folder / "a" / "000.png").write_text("hello")
+    photo(0, width=50, height=60).save(folder / "b" / "000.png")
+    with pytest.raises(DataError, match=r"1 of 4 images .* a/000\.png: is no"):
+        decode_images(open_source(str(folder)), PreprocessSpec(), tmp_path / "scratch")
+
+
 def test_an_interrupted_build_leaves_nothing(write_folder: Callable[..., Path], tmp_path: Path) -> None:
     """Ctrl-C in the middle: no cache, no threads, and the next call builds it."""
     source, threads = open_source(str(write_folder({"a": 50, "b": 50}))), threading.active_count()

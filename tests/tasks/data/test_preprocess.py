@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_image
@@ -61,12 +61,12 @@ def test_normalise_equals_torchvision(channels: int) -> None:
     assert values_NCHW.flags.c_contiguous
 
 
+@settings(deadline=None)
 @given(st.integers(1, 900), st.integers(1, 900), st.integers(1, 300))
 def test_short_side_takes_the_size_asked_for(width: int, height: int, side: int) -> None:
     """The short side is exact; the long one is rounded down, as torchvision does."""
-    if max(width, height) * side > 2_000_000 * min(width, height):
-        return
     expected = transforms.functional._compute_resized_output_size((height, width), [side])
+    assume(max(expected) < 2000)  # larger ones only take longer
     pixels_HWC = fit_image(Image.new("L", (width, height)), PreprocessSpec(resize=side, mean=(0.5,), std=(0.5,)))
     assert list(pixels_HWC.shape[:2]) == expected
 
