@@ -86,6 +86,7 @@ class Epoch(Record):
 
     epoch: int
     loss: float
+    selection_loss: float
     selection_top1: float
     learning_rate: float
     seconds: float

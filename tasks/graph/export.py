@@ -6,6 +6,7 @@ Opset 20 holds per-channel Q/DQ and hard-swish, and both ONNX Runtime and Tensor
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ def export_onnx(graph: GraphModule, example_NCHW: Tensor, path: Path, *, integer
         ExportError: if torch or the ONNX checker refuses the graph, or a bias does not fit int32.
     """
     batch = {0: torch.export.Dim("batch", min=1)}
+    example_NCHW = example_NCHW.contiguous()  # other strides would be traced into the graph
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside torch.onnx itself
         try:
@@ -52,7 +54,9 @@ def export_onnx(graph: GraphModule, example_NCHW: Tensor, path: Path, *, integer
             )
         except (RuntimeError, ValueError, torch.onnx.errors.OnnxExporterError) as error:
             first = str(error).strip().splitlines()[0]
-            raise ExportError(f"torch.onnx cannot export the graph: {first}", remedy="See the chained error.") from error
+            raise ExportError(
+                f"torch.onnx cannot export the graph: {first}", remedy="See the chained error."
+            ) from error
     assert exported is not None
     model = exported.model
     _global_pooling(model)
@@ -79,12 +83,12 @@ def _global_pooling(model: ir.Model) -> None:
         if node.op_type != "ReduceMean" or len(node.inputs) < 2:
             continue
         axes, source = _array(node.inputs[1]), node.inputs[0]
+        image = source is not None and source.shape is not None and len(source.shape) == 4
         keeps = node.attributes.get_int("keepdims", 1)
-        if axes is not None and source is not None and source.shape is not None and len(source.shape) == 4:
-            if keeps and sorted(int(axis) % 4 for axis in axes) == [2, 3]:
-                node.op_type = "GlobalAveragePool"
-                node.resize_inputs(1)
-                node.attributes.clear()
+        if image and keeps and axes is not None and sorted(int(axis) % 4 for axis in axes) == [2, 3]:
+            node.op_type = "GlobalAveragePool"
+            node.resize_inputs(1)
+            node.attributes.clear()
 
 
 def _integer_biases(model: ir.Model) -> None:
@@ -124,7 +128,10 @@ def _dequantize_before(value: ir.Value | None) -> ir.Node | None:
 
 def _initializer(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
     value = ir.Value(
-        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype)), const_value=ir.tensor(array, name=name)
+        name=name,
+        shape=ir.Shape(array.shape),
+        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+        const_value=ir.tensor(array, name=name),
     )
     model.graph.register_initializer(value)
     return value
@@ -132,11 +139,14 @@ def _initializer(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
 
 def _plain(model: ir.Model) -> None:
     """Nodes named by their layer, unused constants gone, and no trace of the machine that exported."""
+    taken: Counter[str] = Counter()
     for node in model.graph:
-        layer = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
-        scopes = [scope for scope in layer.strip("[]").replace("'", "").split(", ") if scope]
-        if node.op_type in _WEIGHTED and len(scopes) > 1:
-            node.name = scopes[-2]
+        text = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+        scopes = [scope for scope in text.strip("[]").replace("'", "").split(", ") if scope]
+        if len(scopes) > 1 and node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            layer = scopes[-2]
+            node.name = f"{layer}_{taken[layer]}" if taken[layer] else layer
+            taken[layer] += 1
     for holder in (model, model.graph, *model.graph, *(value for node in model.graph for value in node.outputs)):
         holder.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):

@@ -29,7 +29,7 @@ def capture(model: nn.Module, example_NCHW: Tensor) -> GraphModule:
     batch = {0: torch.export.Dim.DYNAMIC}
     try:
         with torch.no_grad():
-            program = torch.export.export(model.eval(), (example_NCHW,), dynamic_shapes=(batch,))
+            program = torch.export.export(model.eval(), (example_NCHW.contiguous(),), dynamic_shapes=(batch,))
             graph = program.run_decompositions({}).module(check_guards=False)
     except Exception as error:  # torch.export raises every kind; all mean the same to the user
         raise ModelError(

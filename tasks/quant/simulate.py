@@ -168,6 +168,21 @@ def convert(simulation: Simulation) -> GraphModule:
     return converted
 
 
+@torch.no_grad()
+def exact_tensors(simulation: Simulation, images_NCHW: Tensor) -> list[Tensor]:
+    """What the float model holds wherever an activation is quantized, in the order of the graph."""
+    found: list[Tensor] = []
+    hooks = [
+        quantizer.register_forward_hook(lambda _module, inputs, _output: found.append(inputs[0]))
+        for quantizer in simulation.activations()
+    ]
+    with simulation.mode(Mode.PASS) as exact:
+        exact(images_NCHW)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
 def predictions(graph: GraphModule, batches_NCHW: Iterable[Tensor]) -> Tensor:
     """Class of each image, [N]."""
     with torch.no_grad():

@@ -1,0 +1,291 @@
+"""Quantization-aware training: the simulated model learns from the float model's answers, scales included.
+
+The graph is the inference graph with batch norm folded, so what is trained is what is exported; there is no batch norm
+to freeze and no dropout. Distillation follows Hinton et al., Distilling the Knowledge in a Neural Network (2015).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name that everyone gives it
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from tasks.contracts.errors import QuantizeError
+from tasks.contracts.records import Epoch
+from tasks.contracts.spec import PreprocessSpec, QatSpec
+from tasks.quant.fake_quantize import Mode
+from tasks.quant.simulate import Simulation
+from tasks.stores.workspace import replacing
+
+Progress = Callable[[int, int], None]
+_CHECKPOINT = "checkpoint.pt"
+
+
+class Images(Protocol):
+    """What training needs of a split."""
+
+    @property
+    def preprocess(self) -> PreprocessSpec: ...
+    def __len__(self) -> int: ...
+    def batches_uint8(
+        self, batch_size: int, *, order: np.ndarray | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]: ...
+
+
+def train(
+    simulation: Simulation,
+    teacher: GraphModule,
+    images: Images,
+    selection: Images,
+    spec: QatSpec,
+    *,
+    seed: int,
+    device: torch.device,
+    folder: Path,
+    progress: Progress | None = None,
+) -> tuple[Epoch, ...]:
+    """Train a calibrated simulation in place and leave it at its best epoch, judged by the loss on `selection`.
+
+    Args:
+        teacher: the float graph.
+        folder: keeps the teacher's answers and the state after each epoch; a killed training goes on from there.
+        progress: is told steps done of all steps.
+
+    Raises:
+        QuantizeError: if there is nothing to train on, or the loss is no longer finite.
+    """
+    if len(images) < spec.batch_size:
+        raise QuantizeError(
+            f"Training has {len(images)} images and one batch takes {spec.batch_size}.",
+            remedy="Give more data, lower quant.qat.batch_size, or use quant.method: ptq.",
+        )
+    trainer = _Trainer(simulation, teacher, images, selection, spec, seed, device, folder)
+    with simulation.mode(Mode.SIMULATE):
+        while not trainer.finished:
+            trainer.run_epoch(progress)
+    trainer.take_best()
+    return tuple(trainer.history)
+
+
+class _Trainer:
+    """One training; everything that must survive a kill is in `state`."""
+
+    def __init__(
+        self,
+        simulation: Simulation,
+        teacher: GraphModule,
+        images: Images,
+        selection: Images,
+        spec: QatSpec,
+        seed: int,
+        device: torch.device,
+        folder: Path,
+    ) -> None:
+        self._graph = simulation.graph.to(device).to(memory_format=torch.channels_last)
+        self._images, self._selection, self._spec, self._seed = images, selection, spec, seed
+        self._feed = Feed(images.preprocess, device)
+        self._folder = folder
+        self._answers_NC = answers(teacher, images, self._feed, spec, folder / "train.npy")
+        self._selection_answers_NC = answers(teacher, selection, self._feed, spec, folder / "selection.npy")
+        named = list(self._graph.named_parameters())
+        self._scales = [parameter for name, parameter in named if name.endswith("log_scale")]
+        self._weights = [parameter for name, parameter in named if not name.endswith("log_scale")]
+        self._parameters: list[Tensor] = [*self._weights, *self._scales]
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": self._weights, "peak": spec.learning_rate, "weight_decay": spec.weight_decay},
+                {"params": self._scales, "peak": spec.scale_learning_rate, "weight_decay": 0.0},
+            ],
+            fused=True,
+        )
+        self._average = [parameter.detach().clone() for parameter in self._parameters]
+        self._best = [parameter.detach().clone() for parameter in self._parameters]
+        self.history: list[Epoch] = []
+        self._resume()
+
+    @property
+    def finished(self) -> bool:
+        losses = [epoch.selection_loss for epoch in self.history]
+        since_best = len(losses) - 1 - losses.index(min(losses)) if losses else 0
+        return len(losses) >= self._spec.epochs or since_best >= self._spec.patience
+
+    def run_epoch(self, progress: Progress | None) -> None:
+        started, number = time.monotonic(), len(self.history)
+        random = np.random.default_rng([self._seed, number])  # so a resumed epoch sees what it would have seen
+        order = random.permutation(len(self._images))
+        steps = len(order) // self._spec.batch_size  # a short last batch would weigh its images more
+        order = order[: steps * self._spec.batch_size]
+        mirrored = random.random(len(order)) < 0.5 if self._spec.mirror else np.zeros(len(order), bool)
+        total = 0.0
+        for step, (pixels_NHWC, labels_N) in enumerate(self._images.batches_uint8(self._spec.batch_size, order=order)):
+            part = slice(step * self._spec.batch_size, (step + 1) * self._spec.batch_size)
+            rate = schedule((number * steps + step) / (self._spec.epochs * steps), self._spec.warmup)
+            answers_NC = self._answers_NC[order[part]]
+            total += self._step(pixels_NHWC, labels_N, answers_NC, mirrored[part], rate)
+            if progress:
+                progress(number * steps + step + 1, self._spec.epochs * steps)
+        if not math.isfinite(total):
+            raise QuantizeError(
+                f"The loss of epoch {number + 1} is {total}.",
+                remedy="Lower quant.qat.learning_rate or scale_learning_rate.",
+            )
+        with self._swapped(self._average):
+            selection_loss, top1 = self._score_selection()
+        if all(selection_loss < epoch.selection_loss for epoch in self.history):
+            self._best = [tensor.clone() for tensor in self._average]
+        self.history.append(
+            Epoch(
+                epoch=number + 1,
+                loss=total / steps,
+                selection_loss=selection_loss,
+                selection_top1=top1,
+                learning_rate=self._spec.learning_rate * rate,
+                seconds=time.monotonic() - started,
+            )
+        )
+        self._save()
+
+    def _step(
+        self, pixels_NHWC: np.ndarray, labels_N: np.ndarray, answers_NC: np.ndarray, mirrored_N: np.ndarray, rate: float
+    ) -> float:
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+        loss = self._loss(self._feed(pixels_NHWC, mirrored_N), labels_N, answers_NC)
+        self._optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(self._parameters, self._spec.gradient_clip)
+        self._optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(self._average, self._parameters, 1.0 - self._spec.ema_decay)
+        return float(loss)
+
+    def _loss(self, images_NCHW: Tensor, labels_N: np.ndarray, answers_NC: np.ndarray) -> Tensor:
+        device = images_NCHW.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits_NC = self._graph(images_NCHW)
+        return distillation_loss(
+            logits_NC.float(),
+            torch.from_numpy(answers_NC).to(device).float(),
+            torch.from_numpy(labels_N).to(device),
+            self._spec,
+        )
+
+    @torch.no_grad()
+    def _score_selection(self) -> tuple[float, float]:
+        """Loss and top-1 in percent."""
+        loss, right, start = 0.0, 0, 0
+        for pixels_NHWC, labels_N in self._selection.batches_uint8(self._spec.batch_size):
+            answers_NC = self._selection_answers_NC[start : start + len(labels_N)]
+            images_NCHW = self._feed(pixels_NHWC, np.zeros(len(labels_N), bool))
+            loss += float(self._loss(images_NCHW, labels_N, answers_NC)) * len(labels_N)
+            right += int((self._graph(images_NCHW).argmax(1).cpu().numpy() == labels_N).sum())
+            start += len(labels_N)
+        return loss / start, 100.0 * right / start
+
+    @contextmanager
+    def _swapped(self, values: list[Tensor]) -> Iterator[None]:
+        """The parameters hold `values` for as long as the block lasts."""
+        before = [parameter.detach().clone() for parameter in self._parameters]
+        self._write(values)
+        yield
+        self._write(before)
+
+    @torch.no_grad()
+    def _write(self, values: list[Tensor]) -> None:
+        torch._foreach_copy_(self._parameters, values)
+
+    def take_best(self) -> None:
+        self._write(self._best)
+
+    def _save(self) -> None:
+        state = {
+            "parameters": [parameter.detach() for parameter in self._parameters],
+            "average": self._average,
+            "best": self._best,
+            "optimizer": self._optimizer.state_dict(),
+            "history": [epoch.model_dump() for epoch in self.history],
+        }
+        with replacing(self._folder / _CHECKPOINT) as partial:
+            torch.save(state, partial)
+
+    def _resume(self) -> None:
+        path = self._folder / _CHECKPOINT
+        if not path.exists():
+            return
+        state = torch.load(path, weights_only=True, map_location=self._average[0].device)
+        self._write(state["parameters"])
+        self._average, self._best = state["average"], state["best"]
+        self._optimizer.load_state_dict(state["optimizer"])
+        self.history = [Epoch.model_validate(epoch) for epoch in state["history"]]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Pixels to model inputs on the training device, channels last."""
+
+    preprocess: PreprocessSpec
+    device: torch.device
+
+    def __call__(self, pixels_NHWC: np.ndarray, mirrored_N: np.ndarray) -> Tensor:
+        images_NCHW = torch.from_numpy(pixels_NHWC).to(self.device).permute(0, 3, 1, 2).float().div_(255.0)
+        mean, std = (
+            torch.tensor(values, device=self.device).reshape(-1, 1, 1)
+            for values in (self.preprocess.mean, self.preprocess.std)
+        )
+        images_NCHW = images_NCHW.sub_(mean).div_(std)
+        if mirrored_N.any():
+            chosen = torch.from_numpy(mirrored_N).to(self.device)
+            images_NCHW = torch.where(chosen[:, None, None, None], images_NCHW.flip(3), images_NCHW)
+        return images_NCHW.contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def answers(teacher: GraphModule, images: Images, feed: Feed, spec: QatSpec, path: Path) -> np.ndarray:
+    """The teacher's logits for each image, float16 [N, C], on disk: computed once, so distillation costs no step time.
+
+    If training mirrors, the answer is the mean over the image and its mirror. The two together know more than the float
+    model does alone, and the student learns to answer both ways round alike.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        teacher = teacher.to(feed.device)
+        logits: list[np.ndarray] = []
+        for pixels_NHWC, labels_N in images.batches_uint8(spec.batch_size):
+            sides = [np.full(len(labels_N), side) for side in ((False, True) if spec.mirror else (False,))]
+            both = torch.stack([teacher(feed(pixels_NHWC, mirrored_N)) for mirrored_N in sides])
+            logits.append(both.mean(0).half().cpu().numpy())
+        with replacing(path) as partial, partial.open("wb") as file:
+            np.save(file, np.concatenate(logits), allow_pickle=False)
+    stored: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    return stored
+
+
+def distillation_loss(logits_NC: Tensor, answers_NC: Tensor, labels_N: Tensor, spec: QatSpec) -> Tensor:
+    """Divergence from the teacher at a temperature, and cross entropy with the labels, by their weights."""
+    soft = F.kl_div(
+        F.log_softmax(logits_NC / spec.temperature, 1),
+        F.log_softmax(answers_NC / spec.temperature, 1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    loss = spec.distillation * spec.temperature**2 * soft
+    if spec.distillation < 1.0:
+        loss = loss + (1.0 - spec.distillation) * F.cross_entropy(logits_NC, labels_N)
+    return loss
+
+
+def schedule(progress: float, warmup: float) -> float:
+    """Share of the peak rate: a linear rise over `warmup`, then half a cosine down to zero."""
+    if progress < warmup:
+        return progress / warmup
+    return 0.5 * (1.0 + math.cos(math.pi * (progress - warmup) / (1.0 - warmup)))
