@@ -31,8 +31,8 @@ def count_layers(model: onnx.ModelProto, input_shape: Shape) -> tuple[LayerCost,
     Raises:
         ExportError: if the shape does not fit the graph, or leaves that of a layer open.
     """
+    shapes = _shapes(model, input_shape)  # refuses what is no graph
     graph = Graph(model)
-    shapes = _shapes(model, input_shape)
     return tuple(_cost(graph, layer, shapes) for layer in graph.layers)
 
 

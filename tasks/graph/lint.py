@@ -60,7 +60,7 @@ class Finding:
 
 
 class Graph:
-    """A model's nodes by what they read and write, indexed once, in time linear in the graph.
+    """A valid model's nodes by what they read and write, indexed once, in time linear in the graph.
 
     Names without a producer are constants (initializers and Constant nodes) or inputs of the graph.
     """
@@ -135,8 +135,17 @@ def size_bytes(tensor: TensorProto) -> int:
 
 def lint(model: onnx.ModelProto, scheme: SchemeName) -> tuple[Finding, ...]:
     """All findings, in the order of the rules. A graph that is not valid ONNX is not read any further."""
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        found = " ".join(str(error).split())
+        return (Finding(rule="L01", severity="error", node=model.graph.name, found=found, remedy="Export it anew."),)
     graph = Graph(model)
-    return _apply(VALID, graph) or tuple(finding for rule in RULES[scheme] for finding in _apply(rule, graph))
+    return tuple(
+        Finding(rule=rule.name, severity=rule.severity, node=node, found=found, remedy=rule.remedy)
+        for rule in RULES[scheme]
+        for node, found in rule.check(graph)
+    )
 
 
 def refuse_findings(findings: Iterable[Finding], *, path_name: str) -> None:
@@ -151,7 +160,7 @@ def refuse_findings(findings: Iterable[Finding], *, path_name: str) -> None:
     shown = "; ".join(f"{error.rule} {error.node}: {error.found}" for error in errors[:SHOWN])
     more = f"; and {len(errors) - SHOWN} more" if len(errors) > SHOWN else ""
     raise ExportError(
-        f"{path_name} breaks the rules of its target in {len(errors)} places: {shown}{more}.",
+        f"{path_name} breaks the rules of its target: {shown}{more}.",
         remedy=" ".join(dict.fromkeys(error.remedy for error in errors[:SHOWN])),
     )
 
@@ -166,22 +175,8 @@ class Rule:
     remedy: str
 
 
-def _apply(rule: Rule, graph: Graph) -> tuple[Finding, ...]:
-    return tuple(
-        Finding(rule=rule.name, severity=rule.severity, node=node, found=found, remedy=rule.remedy)
-        for node, found in rule.check(graph)
-    )
-
-
 def _kind(data_type: int) -> str:
     return str(TensorProto.DataType.Name(data_type))
-
-
-def _invalid(graph: Graph) -> Iterator[Problem]:
-    try:
-        onnx.checker.check_model(graph.model, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        yield graph.model.graph.name, " ".join(str(error).split())
 
 
 def _foreign_opset(graph: Graph) -> Iterator[Problem]:
@@ -423,7 +418,6 @@ def _duplicates(graph: Graph) -> Iterator[Problem]:
                 yield name, f"the same {size_bytes(tensor):,} bytes as {first[digest]}"
 
 
-VALID = Rule("L01", "error", _invalid, "Export the model anew; the checker's message names the node.")
 COMMON = (
     Rule("L01", "error", _foreign_opset, f"Export with opset {OPSETS[0]} to {OPSETS[-1]}."),
     Rule("L02", "error", _foreign_operators, "Export with plain operators of the default domain and Q/DQ."),
@@ -439,7 +433,7 @@ COMMON = (
     Rule("L24", "warning", partial(_unused, is_large=False), "Remove the constant."),
     Rule("L24", "warning", _leftovers, "Export for inference, with the optimizer on."),
     Rule("L26", "error", _float_copies, "Store the weight as INT8, with only a DequantizeLinear behind it."),
-    Rule("L26", "error", _duplicates, "Let both readers share one initializer."),
+    Rule("L26", "warning", _duplicates, "Let both readers share one initializer."),
 )
 RULES: dict[SchemeName, tuple[Rule, ...]] = {
     "onnxruntime": (
