@@ -40,7 +40,7 @@ class DataRecord(Record):
     height: int
     width: int
     channels: int
-    cache: str  # digest that names the decoded pixels in the scratch folder
+    digest: str  # of pixels, labels, classes, splits and preprocessing, wherever the files lie
     members: ArtifactRef  # Parquet: row, path, label, split, pixels (sha256)
 
 
@@ -202,3 +202,17 @@ class Decision(Record):
 
     verdicts: tuple[Verdict, ...]
     passed: bool
+
+
+class EngineScore(Record):
+    """The engine on the gate images."""
+
+    accuracy: Accuracy
+    comparison: Comparison
+
+
+class EngineSpeed(Record):
+    """The engine on the clock, beside the float model in the same runtime."""
+
+    latencies: tuple[Latency, ...]
+    memory: Memory

@@ -114,6 +114,7 @@ class QuantSpec(Section):
     method: Literal["ptq", "qat"] = Field("ptq", description="Calibrate only, or train with quantization simulated.")
     ranges: Literal["minmax", "percentile", "mse"] = Field("mse", description="How activation ranges are chosen.")
     percentile: float = Field(99.99, gt=50, le=100, description="Share of values kept by ranges: percentile.")
+    search: bool = Field(True, description="Search the ranges of the few tensors that cost most, by the logits' error.")
     bias_correction: bool = Field(True, description="Move each layer's bias by the mean error that rounding adds.")
     keep_float: tuple[str, ...] = Field((), description="Globs of layer names that stay float, such as features.0.*.")
     qat: QatSpec = QatSpec()

@@ -20,7 +20,7 @@ from tasks.contracts.records import LayerError, Parity
 from tasks.graph.export import INPUT
 
 Feed = Mapping[str, np.ndarray]
-_QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
+_QUANTIZE = "quantized_decomposed.quantize_per_tensor.default"  # by name: torchao alone loads the operator
 _WEIGHTED = ("Conv", "Gemm", "MatMul", "ConvTranspose")
 
 
@@ -68,7 +68,7 @@ def layer_errors(
     extractor = Extractor(onnx.shape_inference.infer_shapes(model))
     producers = {output: node for node in model.graph.node for output in node.output}
     errors = []
-    quantizing = [node for node in graph.graph.nodes if node.target == _QUANTIZE]
+    quantizing = [node for node in graph.graph.nodes if str(node.target) == _QUANTIZE]
     for node, exact_value in zip(quantizing, exact, strict=True):
         if node.name not in producers:
             raise ExportError(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -55,7 +55,7 @@ class Simulation:
 
     def save(self, path: Path) -> None:
         """Weights and quantization parameters, as safetensors."""
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in _state(self.graph)}, path)
+        path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in _state(self.graph)}))
 
     def load(self, path: Path) -> None:
         """The inverse of `save`, into a simulation of the same model and scheme.

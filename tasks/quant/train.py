@@ -6,6 +6,7 @@ to freeze and no dropout. Distillation follows Hinton et al., Distilling the Kno
 
 from __future__ import annotations
 
+import io
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -215,8 +216,10 @@ class _Trainer:
             "optimizer": self._optimizer.state_dict(),
             "history": [epoch.model_dump() for epoch in self.history],
         }
+        buffer = io.BytesIO()  # a full disk is an OSError when we write, and an unreadable one when torch does
+        torch.save(state, buffer)
         with replacing(self._folder / _CHECKPOINT) as partial:
-            torch.save(state, partial)
+            partial.write_bytes(buffer.getbuffer())
 
     def _resume(self) -> None:
         path = self._folder / _CHECKPOINT

@@ -111,7 +111,7 @@ def build_report(*, drop: float, epochs: int = 0, names: tuple[str, ...] = CLASS
             height=224,
             width=224,
             channels=3,
-            cache="c0ffee",
+            digest="c0ffee",
             members=ref("members"),
         ),
         model=ModelRecord(
@@ -140,6 +140,7 @@ def build_report(*, drop: float, epochs: int = 0, names: tuple[str, ...] = CLASS
                 Epoch(
                     epoch=epoch,
                     loss=1.4 / epoch,
+                    selection_loss=0.1 / epoch,
                     selection_top1=91.5 - 6 / epoch,
                     learning_rate=1e-4 / epoch,
                     seconds=61.0,

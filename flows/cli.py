@@ -1,0 +1,142 @@
+"""`requant …`: parses and calls."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from tasks.contracts.errors import GateRejected, RequantError, SpecError
+from tasks.contracts.settings import Settings
+from tasks.contracts.spec import RunSpec, read_spec, spec_from
+
+app = typer.Typer(
+    help="Re-quantize vision models: a float classifier in, a gated INT8 engine out.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+SpecFile = Annotated[Path | None, typer.Argument(help="A YAML spec: model, data, quant, target, evaluation, gates.")]
+
+
+def main() -> None:
+    """Run the command line. Exit status: 0 done, 1 refused, 2 wrong usage, 3 rejected by a gate, 130 stopped."""
+    try:
+        app()
+    except GateRejected as error:
+        _say("Rejected", error)
+        sys.exit(3)
+    except RequantError as error:
+        _say(type(error).__name__, error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Stopped. The same command goes on from the last finished step and epoch.")
+        sys.exit(130)
+
+
+def _say(title: str, error: RequantError) -> None:
+    console = Console(stderr=True, soft_wrap=True)
+    console.print(f"[bold red]{title}:[/] ", end="")
+    console.print(error.problem, markup=False, highlight=False)
+    if error.remedy:
+        console.print(f"  {error.remedy}", markup=False, highlight=False)
+
+
+@app.command()
+def run(
+    spec: SpecFile = None,
+    model: Annotated[str | None, typer.Option(help="torchvision:<name> or module:factory.")] = None,
+    weights: Annotated[str | None, typer.Option(help="A .safetensors or .pth file, or a torchvision name.")] = None,
+    data: Annotated[str | None, typer.Option(help="Image folder, manifest, torchvision:<dataset> or digits.")] = None,
+    target: Annotated[str | None, typer.Option(help="The runtime to build for.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name under which releases appear.")] = None,
+    assign: Annotated[
+        list[str] | None, typer.Option("--set", help="Any key of the spec: --set quant.method=qat; may be repeated.")
+    ] = None,
+) -> None:
+    """Re-quantize one model. Options go over what the spec file says."""
+    values = read_spec(spec) if spec else {}
+    short = {
+        "model.architecture": model,
+        "model.weights": weights,
+        "data.source": data,
+        "target.runtime": target,
+        "name": name,
+    }
+    for key, value in short.items():
+        if value is not None:
+            _assign(values, key, value)
+    for text in assign or []:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise SpecError(f"--set {text} has no value.", remedy="Write --set key=value.")
+        _assign(values, key, yaml.safe_load(value))
+    if "name" not in values and model:
+        values["name"] = model.rpartition(":")[2].lower()
+    _run(spec_from(values, origin=str(spec) if spec else "command line"))
+
+
+@app.command()
+def demo() -> None:
+    """Train a small digits classifier, then re-quantize it: no download, no set-up, a few minutes."""
+    with _prefect():
+        from flows.demo import demo_spec
+
+        spec = demo_spec()
+    _run(spec)
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine can do."""
+    from flows.doctor import findings
+
+    table = Table("", "found", "so", box=None, pad_edge=False)
+    for finding in findings():
+        table.add_row(*finding)
+    Console(soft_wrap=True).print(table)
+
+
+@app.command()
+def schema() -> None:
+    """The spec's JSON schema, for editors."""
+    typer.echo(yaml.safe_dump(RunSpec.model_json_schema(), sort_keys=False))
+
+
+def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, leaf = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise SpecError(f"{key}: {section} is not a section.", remedy="See `requant schema`.")
+    values[leaf] = value
+
+
+def _run(spec: RunSpec) -> None:
+    with _prefect():
+        from flows.requantize import requantize
+        from tasks.publish_report import run_prefix
+        from tasks.report.content import headline
+
+        report = requantize(spec)
+    console = Console(soft_wrap=True)
+    console.print(f"[bold green]{headline(report.decision)}[/]")
+    console.print(f"engine: {Settings().store}/{report.engine.engine.key}", highlight=False)
+    console.print(f"report: {Settings().store}/{run_prefix(report)}/report.html", highlight=False)
+
+
+@contextmanager
+def _prefect() -> Iterator[None]:
+    """Prefect with defaults that suit a command line; a server that was configured is used."""
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")  # a cold start takes 20
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    yield

@@ -1,0 +1,43 @@
+"""The product: a float classifier in, a judged INT8 engine out, or a failed run that says why."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from tasks.build_engine import build_engine
+from tasks.check_parity import check_parity
+from tasks.contracts.errors import GateRejected
+from tasks.contracts.spec import RunSpec
+from tasks.export_model import export_model
+from tasks.gates.judge import rejection_message
+from tasks.judge_engine import judge_engine
+from tasks.load_model import load_model
+from tasks.measure_engine import measure_engine
+from tasks.prepare_data import prepare_data
+from tasks.publish_report import publish_report
+from tasks.quantize_model import quantize_model
+from tasks.report.content import RunReport
+from tasks.score_engine import score_engine
+from tasks.score_float import score_float
+
+
+@flow(name="requantize", flow_run_name="{spec.name}")
+def requantize(spec: RunSpec) -> RunReport:
+    """Turn a float classifier into an INT8 engine that keeps what was agreed."""
+    data = prepare_data(spec)
+    model = load_model(spec, data)
+    baseline = score_float(spec, data, model)
+
+    quantized = quantize_model(spec, data, model)
+    exported = export_model(spec, data, model, quantized)
+    engine = build_engine(spec, exported)
+
+    score = score_engine(spec, data, engine, baseline)
+    parity = check_parity(spec, data, model, quantized, score)
+    speed = measure_engine(spec, data, exported, engine)
+    decision = judge_engine(spec, score, parity, exported, speed)
+
+    report = publish_report(spec, data, model, baseline, quantized, exported, engine, score, parity, speed, decision)
+    if not decision.passed:  # everything is stored by now, for study
+        raise GateRejected(rejection_message(decision), remedy="The report shows what was measured.")
+    return report

@@ -1,0 +1,106 @@
+"""Step: the run's record and report, in the store and in the Prefect UI."""
+
+from __future__ import annotations
+
+import base64
+from datetime import UTC, datetime
+
+from prefect import get_run_logger, runtime
+from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
+
+from tasks.contracts.records import (
+    Accuracy,
+    DataRecord,
+    Decision,
+    EngineRecord,
+    EngineScore,
+    EngineSpeed,
+    ExportRecord,
+    ModelRecord,
+    Parity,
+    QuantizedRecord,
+)
+from tasks.contracts.spec import RunSpec
+from tasks.engines.hardware import int8_notes
+from tasks.graph.parity import steps_apart
+from tasks.report.content import RunReport
+from tasks.report.html import as_html
+from tasks.report.markdown import as_markdown, gate_rows
+from tasks.report.plots import image_of, summary_figure
+from tasks.step import LIBRARIES, disk_errors, step, the_store
+from tasks.stores.base import Store
+from tasks.stores.steps import library_versions
+
+
+@step("publish report")
+def publish_report(
+    spec: RunSpec,
+    data: DataRecord,
+    model: ModelRecord,
+    baseline: Accuracy,
+    quantized: QuantizedRecord,
+    exported: ExportRecord,
+    engine: EngineRecord,
+    score: EngineScore,
+    parity: Parity,
+    speed: EngineSpeed,
+    decision: Decision,
+) -> RunReport:
+    """Everything about the run, stored under a name of its own and shown as artifacts."""
+    started = runtime.flow_run.scheduled_start_time or datetime.now(UTC)
+    report = RunReport(
+        run_id=f"{started:%Y%m%dT%H%M%S}-{str(runtime.flow_run.id)[:8]}",
+        started=started.isoformat(),
+        finished=datetime.now(UTC).isoformat(),
+        spec=spec,
+        data=data,
+        model=model,
+        float_accuracy=baseline,
+        engine_accuracy=score.accuracy,
+        comparison=score.comparison,
+        latencies=speed.latencies,
+        memory=speed.memory,
+        export=exported,
+        parity=parity,
+        quantized=quantized,
+        engine=engine,
+        decision=decision,
+        versions=library_versions("requant", "prefect", *LIBRARIES),
+        hardware=engine.hardware,
+        notes=(*int8_notes(), *_parity_notes(parity)),
+    )
+    store, prefix = the_store(), run_prefix(report)
+    with disk_errors():
+        _store_all(store, prefix, report)
+    _show(report, f"{store}/{prefix}/report.html")
+    get_run_logger().info("report: %s/%s/report.html", store, prefix)
+    return report
+
+
+def run_prefix(report: RunReport) -> str:
+    """Key that everything of a run's own begins with."""
+    return f"models/{report.spec.name}/runs/{report.run_id}"
+
+
+def _parity_notes(parity: Parity) -> tuple[str, ...]:
+    apart = [f"{layer.layer} ({layer.max_steps:.0f} steps)" for layer in steps_apart(parity.layers)]
+    return (f"The runtime differs from the simulation by more than one step in {', '.join(apart)}.",) if apart else ()
+
+
+def _store_all(store: Store, prefix: str, report: RunReport) -> None:
+    store.write_text(f"{prefix}/report.html", as_html(report))
+    store.write_text(f"{prefix}/report.md", as_markdown(report))
+    # Last, so that a run with a record is a run with everything.
+    store.write_text(f"{prefix}/record.json", report.model_dump_json(indent=1))
+
+
+def _show(report: RunReport, place: str) -> None:
+    name = report.spec.name.replace("_", "-").replace(".", "-")  # all that a Prefect key may hold
+    create_table_artifact(gate_rows(report.decision), key=f"gates-{name}", description="Gates: measured and agreed")
+    create_markdown_artifact(as_markdown(report), key=f"report-{name}", description=place)
+    picture = base64.b64encode(image_of(summary_figure(report), "png")).decode()
+    create_image_artifact(
+        f"data:image/png;base64,{picture}",
+        key=f"picture-{name}",
+        description="Accuracy, size and latency of float and INT8; error by layer",
+    )

@@ -1,0 +1,127 @@
+"""Step: from the float model to a simulation of INT8, calibrated or trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from tasks.contracts.records import DataRecord, Epoch, ModelRecord, QuantizedRecord
+from tasks.contracts.settings import Settings
+from tasks.contracts.spec import RunSpec
+from tasks.data.images import ImageSet
+from tasks.load_model import float_model
+from tasks.quant.calibrate import calibrate, correct_biases, search_ranges
+from tasks.quant.capture import capture, fold_batch_norm, fold_error
+from tasks.quant.fake_quantize import Mode
+from tasks.quant.schemes import SCHEMES, layers_kept_float
+from tasks.quant.simulate import Simulation, predictions, simulate
+from tasks.quant.train import train
+from tasks.step import Progress, remember, step, the_device, the_images
+from tasks.stores.base import Store
+from tasks.stores.steps import JSON, step_key
+
+_SEARCH_IMAGES = 128  # judge a range in the search
+_BIAS_IMAGES = 512  # held in memory at once, with every activation that is alive
+_BIAS_PIXELS = 512 * 64 * 64  # and not more pixels than these, which keeps 224 x 224 under 2 GiB
+_FOLD_IMAGES = 64
+
+
+@step("quantize model")
+def quantize_model(spec: RunSpec, data: DataRecord, model: ModelRecord) -> QuantizedRecord:
+    """Fold batch norm, place and calibrate INT8 for the target's scheme, and train if the spec says so."""
+    device = the_device()
+    inputs: dict[str, JSON] = {
+        "images": data.digest,
+        "model": model.model_dump(mode="json"),
+        "quant": spec.quant.model_dump(mode="json", exclude=set() if spec.quant.method == "qat" else {"qat"}),
+        "scheme": spec.target.scheme_name,
+        "seed": spec.seed,
+        "device": device.type,
+    }
+
+    def compute(store: Store, work: Path) -> QuantizedRecord:
+        images = the_images(spec)
+        network = float_model(model, work)
+        prepared = prepare_simulation(spec, data, network)
+        simulation, calibration = prepared.simulation, images.split("calibration")
+        proof = fold_error(network, prepared.folded, inputs_of(calibration, _FOLD_IMAGES, limit=_FOLD_IMAGES))
+        calibrate_for(simulation, calibration, spec)
+        epochs: tuple[Epoch, ...] = ()
+        if spec.quant.method == "qat":
+            folder = Settings().scratch / "training" / step_key("quantize_model", inputs)
+            folder.mkdir(parents=True, exist_ok=True)
+            epochs = train(
+                simulation,
+                prepared.folded,
+                images.split("train"),
+                images.split("selection"),
+                spec.quant.qat,
+                seed=spec.seed,
+                device=device,
+                folder=folder,
+                progress=Progress("training with INT8 simulated"),
+            )
+            simulation.graph.cpu()
+        state = work / "state.safetensors"
+        simulation.save(state)
+        return QuantizedRecord(
+            state=store.put(state, kind="simulations"),
+            method=spec.quant.method,
+            scheme=spec.target.scheme_name,
+            num_quantized=len(simulation.layers),
+            kept_float=tuple(sorted(prepared.kept_float)),
+            fold_error=proof,
+            selection_top1=_top1(simulation, images.split("selection"), spec.evaluation.batch_size),
+            epochs=epochs,
+        )
+
+    return remember("quantize_model", __name__, inputs, QuantizedRecord, compute)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The float graph and its simulation, before any range is chosen."""
+
+    folded: GraphModule
+    simulation: Simulation
+    kept_float: frozenset[str]
+
+
+def prepare_simulation(spec: RunSpec, data: DataRecord, network: torch.nn.Module) -> Prepared:
+    """Capture and fold `network`, and place fake quantizers by the target's scheme."""
+    folded = capture(network, torch.zeros(2, data.channels, data.height, data.width))
+    fold_batch_norm(folded)
+    kept_float = layers_kept_float(folded, spec.quant.keep_float)
+    return Prepared(folded, simulate(folded, SCHEMES[spec.target.scheme_name], kept_float), kept_float)
+
+
+def calibrate_for(simulation: Simulation, calibration: ImageSet, spec: RunSpec) -> None:
+    """Ranges, their search and bias correction, as the spec says."""
+    calibrate(
+        simulation, lambda: inputs_of(calibration, spec.evaluation.batch_size), spec.quant, Progress("calibrating")
+    )
+    pixels = calibration.pixels_NHWC[0, ..., 0].size
+    if spec.quant.search:
+        search_ranges(simulation, _together(calibration, _SEARCH_IMAGES), Progress("searching ranges"))
+    if spec.quant.bias_correction:
+        correct_biases(simulation, _together(calibration, min(_BIAS_IMAGES, max(1, _BIAS_PIXELS // pixels))))
+
+
+def inputs_of(images: ImageSet, batch_size: int, *, limit: int | None = None) -> Iterator[Tensor]:
+    """Model inputs as tensors, without labels."""
+    return (torch.from_numpy(batch_NCHW) for batch_NCHW, _ in images.batches(batch_size, limit=limit))
+
+
+def _together(images: ImageSet, count: int) -> Tensor:
+    return torch.cat(list(inputs_of(images, count, limit=count)))
+
+
+def _top1(simulation: Simulation, selection: ImageSet, batch_size: int) -> float:
+    with simulation.mode(Mode.SIMULATE) as graph:
+        answers = predictions(graph, inputs_of(selection, batch_size))
+    return 100.0 * float((answers.numpy() == selection.labels).mean())

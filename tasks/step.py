@@ -1,0 +1,149 @@
+"""What all steps share: remembering, retrying what can pass, progress, and errors that a person can read."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar, cast
+from uuid import UUID
+
+import torch
+from prefect import get_run_logger, task
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.tasks import Task
+from pydantic import BaseModel
+
+from tasks.contracts.errors import RequantError, StoreError, TransientStoreError
+from tasks.contracts.settings import Settings
+from tasks.contracts.spec import RunSpec
+from tasks.data.images import PreparedImages, prepare_images
+from tasks.stores.base import Store, open_store
+from tasks.stores.steps import JSON, code_digest, library_versions, once
+from tasks.stores.workspace import workspace
+
+R = TypeVar("R", bound=BaseModel)
+P = ParamSpec("P")
+T = TypeVar("T")
+LIBRARIES = ("torch", "torchvision", "torchao", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow")
+_REPORT_EVERY_S = 5.0
+
+
+def _can_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    """Only a store's passing trouble is worth a retry; a wrong spec or a failed gate is final at once."""
+    return isinstance(state.result(raise_on_failure=False), TransientStoreError)
+
+
+def step(name: str) -> Callable[[Callable[P, T]], Task[P, T]]:
+    """A Prefect task that is retried only for what can pass. The store remembers results, so Prefect does not."""
+    return task(
+        name=name,
+        retries=3,
+        retry_delay_seconds=[2, 10, 60],
+        retry_jitter_factor=0.5,
+        retry_condition_fn=_can_pass,
+        cache_policy=NO_CACHE,
+    )
+
+
+class _OneLine(logging.Filter):
+    """A refusal is one clear line; its traceback would bury it. Every other error keeps its own."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, RequantError):
+            record.msg, record.args = f"{type(error).__name__}: {error}", None
+            record.exc_info = record.exc_text = None
+        return True
+
+
+for _name in ("prefect.flow_runs", "prefect.task_runs"):
+    logging.getLogger(_name).addFilter(_OneLine())
+
+
+def the_store() -> Store:
+    return open_store(Settings().store)
+
+
+def the_device() -> torch.device:
+    """Where PyTorch runs.
+
+    Raises:
+        RequantError: if CUDA is asked for and there is none.
+    """
+    wanted, available = Settings().device, torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise RequantError("REQUANT_DEVICE is cuda, and PyTorch finds no CUDA device.", remedy="Set it to cpu or auto.")
+    return torch.device("cuda" if available and wanted != "cpu" else "cpu")
+
+
+def the_images(spec: RunSpec, progress: Callable[[int, int], None] | None = None) -> PreparedImages:
+    """All splits; what was decoded before is not decoded again."""
+    return prepare_images(spec.model, spec.data, spec.seed, Settings().scratch, progress)
+
+
+def remember(
+    name: str, module: str, inputs: Mapping[str, JSON], record_type: type[R], compute: Callable[[Store, Path], R]
+) -> R:
+    """The step's record: found in the store if nothing that it depends on has changed, computed otherwise.
+
+    Args:
+        module: whose source, with all that it imports, is part of the key.
+        inputs: everything else that decides the result.
+        compute: is given the store and a work folder that is removed afterwards.
+    """
+    store, logger, started = the_store(), get_run_logger(), time.monotonic()
+    libraries = library_versions(
+        "torch", "torchvision", "torchao", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow"
+    )
+    key = {**inputs, "code": code_digest(module), "libraries": libraries}
+
+    def in_workspace() -> R:
+        with workspace(Settings().scratch) as work:
+            return compute(store, work)
+
+    with disk_errors():
+        record, found = once(store, name, key, record_type, in_workspace)
+    if found:
+        logger.info("%s: nothing has changed, so the stored result is taken", name)
+    else:
+        logger.info("%s: done in %.1f s", name, time.monotonic() - started)
+    return record
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """A full or read-only disk is one clear error, wherever it is met."""
+    try:
+        yield
+    except OSError as error:
+        settings = Settings()
+        raise StoreError(
+            f"{error.filename or 'A file'} cannot be written or read: {error.strerror or error}.",
+            remedy=f"Check room and rights in scratch ({settings.scratch}) and store ({settings.store}).",
+        ) from error
+
+
+class Progress:
+    """Shows long work as a bar in the Prefect UI and now and then as a line in the log."""
+
+    def __init__(self, title: str) -> None:
+        self._title, self._last = title, time.monotonic()
+        self._artifact: UUID | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._last < _REPORT_EVERY_S and not (done == total and self._artifact):
+            return
+        self._last = now
+        share = 100.0 * done / total
+        if self._artifact is None:
+            key = self._title.lower().replace(" ", "-")
+            self._artifact = cast(UUID, create_progress_artifact(share, key=key, description=self._title))
+        else:
+            update_progress_artifact(self._artifact, share)
+        get_run_logger().info("%s: %.0f %%", self._title, share)
