@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ SpecFile = Annotated[Path | None, typer.Argument(help="A YAML spec: model, data,
 
 def main() -> None:
     """Run the command line. Exit status: 0 done, 1 refused, 2 wrong usage, 3 rejected by a gate, 130 stopped."""
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao 0.18 with torch 2.15, of no consequence
     try:
         app()
     except GateRejected as error:

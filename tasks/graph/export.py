@@ -113,7 +113,7 @@ def _integer_biases(model: ir.Model) -> None:
         constants = {
             f"{name}_int32": steps_O.astype(np.int32),
             f"{name}_scale": scale_O,
-            f"{name}_zero_point": np.zeros_like(steps_O, dtype=np.int32),
+            f"int32_zeros_{len(scale_O)}": np.zeros(len(scale_O), np.int32),  # shared by all of this length
         }
         inputs = [_initializer(model, key, array) for key, array in constants.items()]
         dequantize = ir.node("DequantizeLinear", inputs, {"axis": 0}, name=f"{name}_dequantize")
@@ -127,6 +127,8 @@ def _dequantize_before(value: ir.Value | None) -> ir.Node | None:
 
 
 def _initializer(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
+    if name in model.graph.initializers:
+        return model.graph.initializers[name]
     value = ir.Value(
         name=name,
         shape=ir.Shape(array.shape),

@@ -168,7 +168,7 @@ class _Trainer:
         self._optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(self._average, self._parameters, 1.0 - self._spec.ema_decay)
-        return float(loss)
+        return float(loss.detach())
 
     def _loss(self, images_NCHW: Tensor, labels_N: np.ndarray, answers_NC: np.ndarray) -> Tensor:
         device = images_NCHW.device
@@ -176,7 +176,7 @@ class _Trainer:
             logits_NC = self._graph(images_NCHW)
         return distillation_loss(
             logits_NC.float(),
-            torch.from_numpy(answers_NC).to(device).float(),
+            torch.from_numpy(np.array(answers_NC)).to(device).float(),
             torch.from_numpy(labels_N).to(device),
             self._spec,
         )
