@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from tasks.quant.fake_quantize import Mode
 from tasks.quant.schemes import SCHEMES, layers_kept_float
 from tasks.quant.simulate import Simulation, predictions, simulate
 from tasks.quant.train import train
-from tasks.step import Progress, remember, step, the_device, the_images
+from tasks.step import Progress, everything, remember, step, the_device, the_images
 from tasks.stores.base import Store
 from tasks.stores.steps import JSON, step_key
 
@@ -44,6 +45,8 @@ def quantize_model(spec: RunSpec, data: DataRecord, model: ModelRecord) -> Quant
         "device": device.type,
     }
 
+    training = Settings().scratch / "training" / step_key("quantize_model", everything(__name__, inputs))
+
     def compute(store: Store, work: Path) -> QuantizedRecord:
         images = the_images(spec)
         network = float_model(model, work)
@@ -53,8 +56,7 @@ def quantize_model(spec: RunSpec, data: DataRecord, model: ModelRecord) -> Quant
         calibrate_for(simulation, calibration, spec)
         epochs: tuple[Epoch, ...] = ()
         if spec.quant.method == "qat":
-            folder = Settings().scratch / "training" / step_key("quantize_model", inputs)
-            folder.mkdir(parents=True, exist_ok=True)
+            training.mkdir(parents=True, exist_ok=True)
             epochs = train(
                 simulation,
                 prepared.folded,
@@ -63,7 +65,7 @@ def quantize_model(spec: RunSpec, data: DataRecord, model: ModelRecord) -> Quant
                 spec.quant.qat,
                 seed=spec.seed,
                 device=device,
-                folder=folder,
+                folder=training,
                 progress=Progress("training with INT8 simulated"),
             )
             simulation.graph.cpu()
@@ -80,7 +82,9 @@ def quantize_model(spec: RunSpec, data: DataRecord, model: ModelRecord) -> Quant
             epochs=epochs,
         )
 
-    return remember("quantize_model", __name__, inputs, QuantizedRecord, compute)
+    record = remember("quantize_model", __name__, inputs, QuantizedRecord, compute)
+    shutil.rmtree(training, ignore_errors=True)  # what a killed training would have gone on from
+    return record
 
 
 @dataclass(frozen=True)

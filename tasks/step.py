@@ -97,22 +97,23 @@ def remember(
         compute: is given the store and a work folder that is removed afterwards.
     """
     store, logger, started = the_store(), get_run_logger(), time.monotonic()
-    libraries = library_versions(
-        "torch", "torchvision", "torchao", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow"
-    )
-    key = {**inputs, "code": code_digest(module), "libraries": libraries}
 
     def in_workspace() -> R:
         with workspace(Settings().scratch) as work:
             return compute(store, work)
 
     with disk_errors():
-        record, found = once(store, name, key, record_type, in_workspace)
+        record, found = once(store, name, everything(module, inputs), record_type, in_workspace)
     if found:
         logger.info("%s: nothing has changed, so the stored result is taken", name)
     else:
         logger.info("%s: done in %.1f s", name, time.monotonic() - started)
     return record
+
+
+def everything(module: str, inputs: Mapping[str, JSON]) -> dict[str, JSON]:
+    """All that decides a step's result: its inputs, its code and the libraries it runs on."""
+    return {**inputs, "code": code_digest(module), "libraries": library_versions(*LIBRARIES)}
 
 
 @contextmanager
