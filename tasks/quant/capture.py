@@ -153,13 +153,13 @@ def fold_error(model: nn.Module, folded: GraphModule, batches_NCHW: Iterable[Ten
     Raises:
         QuantizeError: if it is more than rounding explains.
     """
-    worst, spread = 0.0, 0.0
+    worst, spread = torch.zeros(()), torch.zeros(())
     for images_NCHW in batches_NCHW:
         expected = model(images_NCHW)
-        worst = max(worst, float((folded(images_NCHW) - expected).abs().max()))
-        spread = max(spread, float(expected.std()))
-    error = worst / spread if spread else worst
-    if not error <= FOLD_TOLERANCE:  # NaN too
+        worst = torch.maximum(worst, (folded(images_NCHW) - expected).abs().max())  # keeps a NaN; Python's max does not
+        spread = torch.maximum(spread, expected.std())
+    error = float(worst / spread if spread else worst)
+    if not error <= FOLD_TOLERANCE:  # NaN included
         raise QuantizeError(
             f"Folding batch norm changes logits by {error:.2g} of their spread; at most {FOLD_TOLERANCE} is rounding.",
             remedy="Look for a batch norm with near-zero variance, or weights that hold NaN.",

@@ -116,7 +116,7 @@ class FakeQuantizer(FakeQuantizeBase):  # type: ignore[misc]
 
     def covered(self) -> tuple[float, float]:
         """The range that the present scale and zero point cover."""
-        scale, zero_point = float(self.scale), int(self.zero_point)
+        scale, zero_point = float(self.scale.detach()), int(self.zero_point)
         return (self.quant_min - zero_point) * scale, (self.quant_max - zero_point) * scale
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
