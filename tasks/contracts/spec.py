@@ -87,7 +87,7 @@ class DataSpec(Section):
     gate: Count | Share = Field(0.25, description="Images that judge the result once: a number or a share.")
     require_every_class: bool = Field(True, description="Refuse a split in which a class has no image.")
     preprocess: PreprocessSpec | None = Field(
-        None, description="Needed unless torchvision weights bring theirs or the data is digits."
+        None, description="For torchvision models their own recipe when not given; needed for a module of your own."
     )
 
 

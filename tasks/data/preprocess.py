@@ -5,6 +5,9 @@ Axes: N image, C channel, H row, W column.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from PIL import Image
 
@@ -23,19 +26,23 @@ _RESAMPLING = {
 
 
 def resolve_preprocess(model: ModelSpec, data: DataSpec) -> PreprocessSpec:
-    """What `data` asks for, else what the model's torchvision weights were trained with, else the digits' own.
+    """What `data` asks for, else the digits' own, else what torchvision trains the architecture with.
+
+    Weights from a file say nothing of their training, so a torchvision architecture's own recipe is taken for them; the
+    report shows it.
 
     Raises:
         SpecError: if none of them says how.
     """
     if data.preprocess is not None:
         return data.preprocess
-    bundled = _of_torchvision_weights(model)
-    if bundled is not None:
-        return bundled
-    if data.source == DIGITS:
+    named = _torchvision_weights(model)
+    if data.source == DIGITS and named is None:
         channels = 3 if model.architecture.startswith("torchvision:") else 1  # torchvision's models take colour
         return PreprocessSpec(resize=DIGITS_SIDE, mean=(DIGITS_MEAN,) * channels, std=(DIGITS_STD,) * channels)
+    recipe = _recipe(model, named or "DEFAULT")
+    if recipe is not None:
+        return recipe
     raise SpecError(
         f"Nothing says how images become the input of {model.architecture} with weights {model.weights}.",
         remedy="Give data.preprocess: resize, crop, mean and std as in training.",
@@ -74,17 +81,18 @@ def normalise(pixels_NHWC: np.ndarray, preprocess: PreprocessSpec) -> np.ndarray
     return values_NCHW
 
 
-def _of_torchvision_weights(model: ModelSpec) -> PreprocessSpec | None:
-    home, _, name = model.architecture.partition(":")
-    if home != "torchvision" or model.weights is None:
-        return None
-    from torchvision import models  # takes seconds to import, and only named weights need it
+def _torchvision_weights(model: ModelSpec) -> str | None:
+    """The name of the torchvision weights that are asked for; None for weights from a file."""
+    members = _members(model)
+    return model.weights if model.weights in members else None
+
+
+def _recipe(model: ModelSpec, weights: str) -> PreprocessSpec | None:
+    """How torchvision prepares images for these weights of the architecture."""
     from torchvision.transforms._presets import ImageClassification
 
-    if name not in models.list_models():
-        return None
-    weights = models.get_model_weights(name).__members__.get(model.weights)
-    transforms = None if weights is None else weights.transforms()
+    member = _members(model).get(weights)
+    transforms = None if member is None else member.transforms()
     if not isinstance(transforms, ImageClassification):
         return None
     return PreprocessSpec(
@@ -94,6 +102,19 @@ def _of_torchvision_weights(model: ModelSpec) -> PreprocessSpec | None:
         mean=tuple(transforms.mean),
         std=tuple(transforms.std),
     )
+
+
+def _members(model: ModelSpec) -> Mapping[str, Any]:
+    """All weights that torchvision has for the architecture, by name."""
+    home, _, name = model.architecture.partition(":")
+    if home != "torchvision":
+        return {}
+    from torchvision import models  # takes seconds to import
+
+    if name not in models.list_models():
+        return {}
+    members: Mapping[str, Any] = models.get_model_weights(name).__members__
+    return members
 
 
 def _side(size: list[int]) -> int | tuple[int, int]:

@@ -97,6 +97,14 @@ def test_torchvision_weights_bring_theirs() -> None:
     assert resolve_preprocess(model, DataSpec(source="photos")) == PreprocessSpec(resize=255, crop=240)
 
 
+def test_weights_from_a_file_take_the_recipe_of_the_architecture() -> None:
+    """They say nothing themselves, and torchvision trains each architecture in one way."""
+    model = ModelSpec(architecture="torchvision:resnet50", weights="mine.pth")
+    named = ModelSpec(architecture="torchvision:resnet50", weights="DEFAULT")
+    data = DataSpec(source="photos")
+    assert resolve_preprocess(model, data) == resolve_preprocess(named, data)
+
+
 @pytest.mark.parametrize(("architecture", "channels"), [("mine:net", 1), ("torchvision:resnet18", 3)])
 def test_digits_bring_theirs(architecture: str, channels: int) -> None:
     """Grey for a model of one's own, three equal channels for torchvision's."""
@@ -109,8 +117,7 @@ def test_digits_bring_theirs(architecture: str, channels: int) -> None:
 @pytest.mark.parametrize(
     "model",
     [
-        ModelSpec(),
-        ModelSpec(weights="weights.pth"),
+        ModelSpec(architecture="mine:net", weights="weights.pth"),
         ModelSpec(architecture="mine:net", weights="DEFAULT"),
         ModelSpec(architecture="torchvision:no_such_net", weights="DEFAULT"),
         ModelSpec(architecture="torchvision:fcn_resnet50", weights="DEFAULT"),
