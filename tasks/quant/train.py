@@ -126,13 +126,13 @@ class _Trainer:
         order = random.permutation(len(self._images))
         steps = len(order) // self._spec.batch_size  # a short last batch would weigh its images more
         order = order[: steps * self._spec.batch_size]
-        mirrored = random.random(len(order)) < 0.5 if self._spec.mirror else np.zeros(len(order), bool)
+        views = Views.random(random, len(order), self._spec)
         total = 0.0
         for step, (pixels_NHWC, labels_N) in enumerate(self._images.batches_uint8(self._spec.batch_size, order=order)):
             part = slice(step * self._spec.batch_size, (step + 1) * self._spec.batch_size)
             rate = schedule((number * steps + step) / (self._spec.epochs * steps), self._spec.warmup)
             answers_NC = self._answers_NC[order[part]]
-            total += self._step(pixels_NHWC, labels_N, answers_NC, mirrored[part], rate)
+            total += self._step(views[part].of(pixels_NHWC), labels_N, answers_NC, rate)
             if progress:
                 progress(number * steps + step + 1, self._spec.epochs * steps)
         if not math.isfinite(total):
@@ -156,12 +156,10 @@ class _Trainer:
         )
         self._save()
 
-    def _step(
-        self, pixels_NHWC: np.ndarray, labels_N: np.ndarray, answers_NC: np.ndarray, mirrored_N: np.ndarray, rate: float
-    ) -> float:
+    def _step(self, pixels_NHWC: np.ndarray, labels_N: np.ndarray, answers_NC: np.ndarray, rate: float) -> float:
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak"] * rate
-        loss = self._loss(self._feed(pixels_NHWC, mirrored_N), labels_N, answers_NC)
+        loss = self._loss(self._feed(pixels_NHWC), labels_N, answers_NC)
         self._optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self._parameters, self._spec.gradient_clip)
@@ -187,7 +185,7 @@ class _Trainer:
         loss, right, start = 0.0, 0, 0
         for pixels_NHWC, labels_N in self._selection.batches_uint8(self._spec.batch_size):
             answers_NC = self._selection_answers_NC[start : start + len(labels_N)]
-            images_NCHW = self._feed(pixels_NHWC, np.zeros(len(labels_N), bool))
+            images_NCHW = self._feed(pixels_NHWC)
             loss += float(self._loss(images_NCHW, labels_N, answers_NC)) * len(labels_N)
             right += int((self._graph(images_NCHW).argmax(1).cpu().numpy() == labels_N).sum())
             start += len(labels_N)
@@ -233,40 +231,67 @@ class _Trainer:
 
 
 @dataclass(frozen=True)
+class Views:
+    """How each image of a batch is looked at."""
+
+    mirrored_N: np.ndarray  # bool
+    moves_N2: np.ndarray  # pixels down and right
+
+    @classmethod
+    def random(cls, random: np.random.Generator, count: int, spec: QatSpec) -> Views:
+        mirrored_N = random.random(count) < (0.5 if spec.mirror else 0.0)
+        return cls(mirrored_N, random.integers(-spec.shift, spec.shift, (count, 2), endpoint=True))
+
+    def __getitem__(self, part: slice) -> Views:
+        return Views(self.mirrored_N[part], self.moves_N2[part])
+
+    def of(self, pixels_NHWC: np.ndarray) -> np.ndarray:
+        """The images so seen, uint8 NHWC; what moves in repeats the edge."""
+        height, width = pixels_NHWC.shape[1:3]
+        seen_NHWC = np.empty_like(pixels_NHWC)
+        views = zip(pixels_NHWC, self.mirrored_N, self.moves_N2, strict=True)
+        for number, (pixels_HWC, mirrored, (down, right)) in enumerate(views):
+            rows = np.clip(np.arange(height) - down, 0, height - 1)
+            columns = np.clip(np.arange(width) - right, 0, width - 1)
+            seen_NHWC[number] = pixels_HWC[rows][:, columns[::-1] if mirrored else columns]
+        return seen_NHWC
+
+
+@dataclass(frozen=True)
 class Feed:
     """Pixels to model inputs on the training device, channels last."""
 
     preprocess: PreprocessSpec
     device: torch.device
 
-    def __call__(self, pixels_NHWC: np.ndarray, mirrored_N: np.ndarray) -> Tensor:
+    def __call__(self, pixels_NHWC: np.ndarray) -> Tensor:
         images_NCHW = torch.from_numpy(pixels_NHWC).to(self.device).permute(0, 3, 1, 2).float().div_(255.0)
         mean, std = (
             torch.tensor(values, device=self.device).reshape(-1, 1, 1)
             for values in (self.preprocess.mean, self.preprocess.std)
         )
-        images_NCHW = images_NCHW.sub_(mean).div_(std)
-        if mirrored_N.any():
-            chosen = torch.from_numpy(mirrored_N).to(self.device)
-            images_NCHW = torch.where(chosen[:, None, None, None], images_NCHW.flip(3), images_NCHW)
-        return images_NCHW.contiguous(memory_format=torch.channels_last)
+        return images_NCHW.sub_(mean).div_(std)
 
 
 @torch.no_grad()
 def answers(teacher: GraphModule, images: Images, feed: Feed, spec: QatSpec, path: Path) -> np.ndarray:
     """The teacher's logits for each image, float16 [N, C], on disk: computed once, so distillation costs no step time.
 
-    If training mirrors, the answer is the mean over the image and its mirror. The two together know more than the float
-    model does alone, and the student learns to answer both ways round alike.
+    An answer is the mean over the image, its mirror and as many moved views, as far as training uses them. Together they
+    know more than the float model does alone, and the student learns to give one answer to all of them.
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        teacher = teacher.to(feed.device)
+        teacher, random = teacher.to(feed.device), np.random.default_rng(len(images))
+        sides = (False, True) if spec.mirror else (False,)
         logits: list[np.ndarray] = []
         for pixels_NHWC, labels_N in images.batches_uint8(spec.batch_size):
-            sides = [np.full(len(labels_N), side) for side in ((False, True) if spec.mirror else (False,))]
-            both = torch.stack([teacher(feed(pixels_NHWC, mirrored_N)) for mirrored_N in sides])
-            logits.append(both.mean(0).half().cpu().numpy())
+            count = len(labels_N)
+            still_N2 = np.zeros((count, 2), int)
+            moves = [still_N2, Views.random(random, count, spec).moves_N2] if spec.shift else [still_N2]
+            views = [Views(np.full(count, side), move_N2) for side in sides for move_N2 in moves]
+            all_views = torch.stack([teacher(feed(view.of(pixels_NHWC))) for view in views])
+            logits.append(all_views.mean(0).half().cpu().numpy())
         with replacing(path) as partial, partial.open("wb") as file:
             np.save(file, np.concatenate(logits), allow_pickle=False)
     stored: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
