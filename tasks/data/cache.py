@@ -40,7 +40,7 @@ CHUNK = 16  # images per job: enough to hide the pool's own cost, few enough to 
 class DecodedImages:
     """A source's images, all of one size. One row per image in every array."""
 
-    pixels_NHWC: np.ndarray  # noqa: N815 - uint8, on disk
+    pixels_NHWC: np.ndarray
     digests: np.ndarray  # of the decoded pixels, before resizing
     labels: np.ndarray  # int64
     names: Sequence[str]
@@ -121,7 +121,7 @@ def _build(final: Path, source: Source, preprocess: PreprocessSpec, progress: Pr
 @dataclass(frozen=True)
 class _Decoded:
     name: str
-    pixels_HWC: np.ndarray  # noqa: N815
+    pixels_HWC: np.ndarray
     digest: bytes
 
 

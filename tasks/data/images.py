@@ -35,7 +35,7 @@ Batch = TypeVar("Batch")
 class ImageSet:
     """The images of one split. A position counts within the split, a row within `pixels_NHWC`."""
 
-    pixels_NHWC: np.ndarray  # noqa: N815 - uint8 on disk, also of images that are not in the split
+    pixels_NHWC: np.ndarray
     rows: np.ndarray
     labels: np.ndarray  # int64, one per position
     preprocess: PreprocessSpec

@@ -277,8 +277,8 @@ class Feed:
 def answers(teacher: GraphModule, images: Images, feed: Feed, spec: QatSpec, path: Path) -> np.ndarray:
     """The teacher's logits for each image, float16 [N, C], on disk: computed once, so distillation costs no step time.
 
-    An answer is the mean over the image, its mirror and as many moved views, as far as training uses them. Together they
-    know more than the float model does alone, and the student learns to give one answer to all of them.
+    An answer is the mean over the image, its mirror and as many moved views, as far as training uses them. Together
+    they know more than the float model does alone, and the student learns to give one answer to all of them.
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
