@@ -33,11 +33,13 @@ def export_model(spec: RunSpec, data: DataRecord, model: ModelRecord, quantized:
         export_onnx(prepared.folded, example_NCHW, float_path, integer_bias=False)
         prepared.simulation.load(store.fetch(quantized.state, work))
         export_onnx(convert(prepared.simulation), example_NCHW, int8_path, integer_bias=scheme.integer_bias)
-        refuse_findings(lint(onnx.load(int8_path), scheme.name), path_name=f"{spec.name} as INT8")
+        findings = lint(onnx.load(int8_path), scheme.name)
+        refuse_findings(findings, path_name=f"{spec.name} as INT8")
         return ExportRecord(
             float_onnx=store.put(float_path, kind="float"),
             int8_onnx=store.put(int8_path, kind="int8"),
             opset=OPSET,
+            warnings=tuple(f"{finding.rule} {finding.node}: {finding.found}" for finding in findings),
             compression=compression(float_path, int8_path, tuple(example_NCHW.shape)),
         )
 

@@ -67,7 +67,7 @@ def publish_report(
         decision=decision,
         versions=library_versions("requant", "prefect", *LIBRARIES),
         hardware=engine.hardware,
-        notes=(*int8_notes(), *_parity_notes(parity)),
+        notes=(*int8_notes(), *_parity_notes(parity), *(f"Lint: {warning}." for warning in exported.warnings)),
     )
     store, prefix = the_store(), run_prefix(report)
     with disk_errors():

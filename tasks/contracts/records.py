@@ -153,6 +153,7 @@ class ExportRecord(Record):
     float_onnx: ArtifactRef
     int8_onnx: ArtifactRef
     opset: int
+    warnings: tuple[str, ...] = ()  # of the lint; what is worse is refused
     compression: Compression
 
 
