@@ -20,6 +20,7 @@ from tasks.quant.fake_quantize import FakeQuantizer, Mode, PerChannelFakeQuantiz
 from tasks.quant.schemes import Scheme, SchemeQuantizer
 
 LARGEST_INT32 = 2**31 - 1
+_SET_BY_CALIBRATION = ("log_scale", "zero_point")  # one value, and then one for each channel
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,15 @@ class Simulation:
             QuantizeError: if the file holds another model's state.
         """
         stored = load_file(path)
-        names = {name for name, _ in _state(self.graph)}
-        if names != stored.keys():
-            odd = sorted(names ^ stored.keys())
+        shapes = {name: tensor.shape for name, tensor in _state(self.graph)}
+        odd = sorted(shapes.keys() ^ stored.keys()) or [
+            name
+            for name, shape in shapes.items()
+            if stored[name].shape != shape and not name.endswith(_SET_BY_CALIBRATION)
+        ]
+        if odd:
             raise QuantizeError(
-                f"{path.name} is the state of another model: {len(odd)} names differ, such as {odd[0]}.",
+                f"{path.name} is the state of another model: {len(odd)} tensors differ, such as {odd[0]}.",
                 remedy="Quantize this model again.",
             )
         _restore(self.graph, stored)
@@ -142,8 +147,10 @@ def fit_biases(simulation: Simulation) -> int:
     """Widen weight scales until every bias fits int32, and say for how many channels.
 
     A bias is stored in steps of input scale times weight scale. A channel whose weights are all tiny has a tiny step,
-    and its bias then overflows: MobileNetV3 is known to lose half of its accuracy to that.
+    and its bias then overflows: MobileNetV3 is known to lose half of its accuracy to that. Float biases always fit.
     """
+    if not simulation.scheme.integer_bias:
+        return 0
     widened = 0
     for layer in simulation.layers:
         if layer.bias is None:
