@@ -14,6 +14,7 @@ import typer
 import yaml
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tasks.contracts.errors import GateRejected, RequantError, SpecError
 from tasks.contracts.settings import Settings
@@ -103,7 +104,7 @@ def doctor() -> None:
 
     table = Table("", "found", "so", box=None, pad_edge=False)
     for finding in findings():
-        table.add_row(*finding)
+        table.add_row(*map(Text, finding))  # as it is: [extra] is no markup
     Console(soft_wrap=True).print(table)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tasks.contracts.records import DataRecord
 from tasks.contracts.spec import RunSpec
+from tasks.models.architectures import find_architecture
 from tasks.step import Progress, remember, step, the_images
 from tasks.stores.base import Store
 from tasks.stores.steps import JSON
@@ -14,6 +15,7 @@ from tasks.stores.steps import JSON
 @step("prepare data")
 def prepare_data(spec: RunSpec) -> DataRecord:
     """Images decoded once, and four splits that share none of them."""
+    find_architecture(spec.model.architecture)  # a misspelt name should not wait for the images
     images = the_images(spec, Progress("decoding images"))
 
     def compute(store: Store, work: Path) -> DataRecord:

@@ -30,10 +30,8 @@ def build_model(spec: ModelSpec, num_classes: int) -> nn.Module:
         ModelError: if there is no such architecture, or it does not take the arguments.
     """
     home, _, name = spec.architecture.partition(":")
-    if home == TORCHVISION:
-        factory, arguments = _torchvision_factory(name), _torchvision_arguments(name, spec.arguments)
-    else:
-        factory, arguments = _own_factory(home, name), dict(spec.arguments)
+    factory = find_architecture(spec.architecture)
+    arguments = _torchvision_arguments(name, spec.arguments) if home == TORCHVISION else dict(spec.arguments)
     try:
         model = factory(num_classes=num_classes, **arguments)
     except Exception as error:
@@ -47,6 +45,16 @@ def build_model(spec: ModelSpec, num_classes: int) -> nn.Module:
             remedy="Let the factory return the model.",
         )
     return model.eval()
+
+
+def find_architecture(architecture: str) -> Callable[..., Any]:
+    """The factory behind a name, not yet called: cheap enough to ask before any image is read.
+
+    Raises:
+        ModelError: if there is none.
+    """
+    home, _, name = architecture.partition(":")
+    return _torchvision_factory(name) if home == TORCHVISION else _own_factory(home, name)
 
 
 def architecture_digest(architecture: str) -> str:

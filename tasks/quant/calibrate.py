@@ -106,20 +106,20 @@ def _alone_error(simulation: Simulation, quantizer: FakeQuantizer, images_NCHW: 
 
 
 def _search_range(quantizer: FakeQuantizer, error: Callable[[], float]) -> None:
-    """Shrink one end of what was observed, then the other, and keep what serves the logits best."""
+    """Shrink one end of what was observed, then the other, and keep what serves the logits best.
+
+    A symmetric range has but one end.
+    """
+    best, kept = error(), (quantizer.log_scale, quantizer.zero_point)
     low, high = quantizer.covered()
-    best = error()
-    for end in ("high", "low"):
-        observed = quantizer.high if end == "high" else quantizer.low
+    for end in ("both",) if quantizer.grid.symmetric else ("high", "low"):
         for share in _SHARES:
-            trial = (low, observed * share) if end == "high" else (observed * share, high)
-            quantizer.set_range(torch.tensor([trial[0]]), torch.tensor([trial[1]]))
+            trial = low if end == "high" else quantizer.low * share, high if end == "low" else quantizer.high * share
+            quantizer.set_range(*(torch.tensor([value]) for value in trial))
             found = error()
             if found < best:
-                best, (low, high) = found, trial
-        if quantizer.grid.symmetric:
-            break
-    quantizer.set_range(torch.tensor([low]), torch.tensor([high]))
+                best, kept, (low, high) = found, (quantizer.log_scale, quantizer.zero_point), trial
+    quantizer.log_scale, quantizer.zero_point = kept
 
 
 def correct_biases(simulation: Simulation, images_NCHW: Tensor) -> None:
@@ -163,7 +163,9 @@ class _BiasCorrection(Interpreter):
             return exact, quantizer(simulated)
         exact, simulated = (self._evaluate(node, side) for side in (0, 1))
         layer = self._layers.get(node)
-        if layer is not None and layer.bias is not None:
+        if (
+            layer is not None and layer.bias is not None and len(layer.bias.users) == 1
+        ):  # one bias cannot undo two errors
             channels = 1 if node.meta["val"].dim() > 2 else -1
             others = [axis for axis in range(exact.dim()) if axis != channels % exact.dim()]
             shift_O = (exact - simulated).mean(others)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
@@ -85,7 +86,8 @@ class FakeQuantizer(FakeQuantizeBase):  # type: ignore[misc]
     def _observe(self, x: Tensor) -> None:
         if self.mode is Mode.OBSERVE_ENDS:
             low, high = torch.aminmax(x)
-            self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
+            self.low = float(np.minimum(self.low, float(low)))  # keeps a NaN; Python's min does not
+            self.high = float(np.maximum(self.high, float(high)))
             return
         values = x.flatten()
         values = values[:: max(1, values.numel() // _SAMPLE)].float()
