@@ -37,6 +37,10 @@ def capture(model: nn.Module, example_NCHW: Tensor) -> GraphModule:
             remedy="Make its forward free of data-dependent control flow and of operations on a fixed batch.",
         ) from error
     assert isinstance(graph, GraphModule)
+    for node in graph.graph.nodes:
+        if node.target == aten.view.default:
+            node.target = aten.reshape.default  # a view fails on the channels-last tensors of training
+    graph.recompile()
     return graph
 
 

@@ -70,7 +70,7 @@ def train(
             f"Training has {len(images)} images and one batch takes {spec.batch_size}.",
             remedy="Give more data, lower quant.qat.batch_size, or use quant.method: ptq.",
         )
-    trainer = _Trainer(simulation, teacher, images, selection, spec, seed, device, folder)
+    trainer = Trainer(simulation, teacher, images, selection, spec, seed, device, folder)
     with simulation.mode(Mode.SIMULATE):
         while not trainer.finished:
             trainer.run_epoch(progress)
@@ -78,7 +78,7 @@ def train(
     return tuple(trainer.history)
 
 
-class _Trainer:
+class Trainer:
     """One training; everything that must survive a kill is in `state`."""
 
     def __init__(
@@ -96,8 +96,11 @@ class _Trainer:
         self._images, self._selection, self._spec, self._seed = images, selection, spec, seed
         self._feed = Feed(images.preprocess, device)
         self._folder = folder
-        self._answers_NC = answers(teacher, images, self._feed, spec, folder / "train.npy")
-        self._selection_answers_NC = answers(teacher, selection, self._feed, spec, folder / "selection.npy")
+        num_views = spec.views if spec.mirror or spec.shift else 1
+        self._views = [Views.make(number, len(images), spec) for number in range(num_views)]
+        self._answers_VNC = answers(teacher, images, self._feed, spec, folder / "train.npy", num_views=num_views)
+        path = folder / "selection.npy"
+        self._selection_answers_VNC = answers(teacher, selection, self._feed, spec, path, num_views=1)
         named = list(self._graph.named_parameters())
         self._scales = [parameter for name, parameter in named if name.endswith("log_scale")]
         self._weights = [parameter for name, parameter in named if not name.endswith("log_scale")]
@@ -126,28 +129,31 @@ class _Trainer:
         order = random.permutation(len(self._images))
         steps = len(order) // self._spec.batch_size  # a short last batch would weigh its images more
         order = order[: steps * self._spec.batch_size]
-        views = Views.random(random, len(order), self._spec)
-        total = 0.0
+        view_N = random.integers(len(self._views), size=len(order))
+        mirrored_N = np.array([views.mirrored_N for views in self._views])[view_N, order]
+        views = Views(mirrored_N, np.array([views.moves_N2 for views in self._views])[view_N, order])
+        losses: list[Tensor] = []
         for step, (pixels_NHWC, labels_N) in enumerate(self._images.batches_uint8(self._spec.batch_size, order=order)):
             part = slice(step * self._spec.batch_size, (step + 1) * self._spec.batch_size)
             rate = schedule((number * steps + step) / (self._spec.epochs * steps), self._spec.warmup)
-            answers_NC = self._answers_NC[order[part]]
-            total += self._step(views[part].of(pixels_NHWC), labels_N, answers_NC, rate)
+            answers_NC = self._answers_VNC[view_N[part], order[part]]
+            losses.append(self.step(views[part].of(pixels_NHWC), labels_N, answers_NC, rate))
             if progress:
                 progress(number * steps + step + 1, self._spec.epochs * steps)
-        if not math.isfinite(total):
-            raise QuantizeError(
-                f"The loss of epoch {number + 1} is {total}.",
-                remedy="Lower quant.qat.learning_rate or scale_learning_rate.",
-            )
         with self._swapped(self._average):
             selection_loss, top1 = self._score_selection()
+        loss = float(torch.stack(losses).mean())
+        if not math.isfinite(loss + selection_loss):
+            raise QuantizeError(
+                f"The loss of epoch {number + 1} is {loss}, and {selection_loss} on the selection images.",
+                remedy="Lower quant.qat.learning_rate or scale_learning_rate.",
+            )
         if all(selection_loss < epoch.selection_loss for epoch in self.history):
             self._best = [tensor.clone() for tensor in self._average]
         self.history.append(
             Epoch(
                 epoch=number + 1,
-                loss=total / steps,
+                loss=loss,
                 selection_loss=selection_loss,
                 selection_top1=top1,
                 learning_rate=self._spec.learning_rate * rate,
@@ -156,7 +162,8 @@ class _Trainer:
         )
         self._save()
 
-    def _step(self, pixels_NHWC: np.ndarray, labels_N: np.ndarray, answers_NC: np.ndarray, rate: float) -> float:
+    def step(self, pixels_NHWC: np.ndarray, labels_N: np.ndarray, answers_NC: np.ndarray, rate: float) -> Tensor:
+        """Learn from one batch at `rate` of the peak rates, and give its loss, which stays on the device."""
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak"] * rate
         loss = self._loss(self._feed(pixels_NHWC), labels_N, answers_NC)
@@ -166,7 +173,7 @@ class _Trainer:
         self._optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(self._average, self._parameters, 1.0 - self._spec.ema_decay)
-        return float(loss.detach())
+        return loss.detach()
 
     def _loss(self, images_NCHW: Tensor, labels_N: np.ndarray, answers_NC: np.ndarray) -> Tensor:
         device = images_NCHW.device
@@ -184,7 +191,7 @@ class _Trainer:
         """Loss and top-1 in percent."""
         loss, right, start = 0.0, 0, 0
         for pixels_NHWC, labels_N in self._selection.batches_uint8(self._spec.batch_size):
-            answers_NC = self._selection_answers_NC[start : start + len(labels_N)]
+            answers_NC = self._selection_answers_VNC[0, start : start + len(labels_N)]
             images_NCHW = self._feed(pixels_NHWC)
             loss += float(self._loss(images_NCHW, labels_N, answers_NC)) * len(labels_N)
             right += int((self._graph(images_NCHW).argmax(1).cpu().numpy() == labels_N).sum())
@@ -232,14 +239,18 @@ class _Trainer:
 
 @dataclass(frozen=True)
 class Views:
-    """How each image of a batch is looked at."""
+    """How each of some images is looked at: one of a few ways, the first of which is as it is."""
 
     mirrored_N: np.ndarray  # bool
     moves_N2: np.ndarray  # pixels down and right
 
     @classmethod
-    def random(cls, random: np.random.Generator, count: int, spec: QatSpec) -> Views:
-        mirrored_N = random.random(count) < (0.5 if spec.mirror else 0.0)
+    def make(cls, number: int, count: int, spec: QatSpec) -> Views:
+        """The same at every call, so that the teacher and the student see the same."""
+        if number == 0:
+            return cls(np.zeros(count, bool), np.zeros((count, 2), int))
+        random = np.random.default_rng([number, count])
+        mirrored_N = np.full(count, spec.mirror and number % 2 == 1)
         return cls(mirrored_N, random.integers(-spec.shift, spec.shift, (count, 2), endpoint=True))
 
     def __getitem__(self, part: slice) -> Views:
@@ -274,26 +285,28 @@ class Feed:
 
 
 @torch.no_grad()
-def answers(teacher: GraphModule, images: Images, feed: Feed, spec: QatSpec, path: Path) -> np.ndarray:
-    """The teacher's logits for each image, float16 [N, C], on disk: computed once, so distillation costs no step time.
+def answers(
+    teacher: GraphModule, images: Images, feed: Feed, spec: QatSpec, path: Path, *, num_views: int
+) -> np.ndarray:
+    """The teacher's logits for each view of each image, float16 [V, N, C], on disk.
 
-    An answer is the mean over the image, its mirror and as many moved views, as far as training uses them. Together
-    they know more than the float model does alone, and the student learns to give one answer to all of them.
+    Computed once, so that distillation costs a training step nothing. An answer leans to the mean over the views of its
+    image: together they know more than the float model does alone, and the student learns to give all of them one
+    answer.
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        teacher, random = teacher.to(feed.device), np.random.default_rng(len(images))
-        sides = (False, True) if spec.mirror else (False,)
-        logits: list[np.ndarray] = []
+        teacher = teacher.to(feed.device)
+        all_views = [Views.make(number, len(images), spec) for number in range(num_views)]
+        parts: list[np.ndarray] = []
+        start = 0
         for pixels_NHWC, labels_N in images.batches_uint8(spec.batch_size):
-            count = len(labels_N)
-            still_N2 = np.zeros((count, 2), int)
-            moves = [still_N2, Views.random(random, count, spec).moves_N2] if spec.shift else [still_N2]
-            views = [Views(np.full(count, side), move_N2) for side in sides for move_N2 in moves]
-            all_views = torch.stack([teacher(feed(view.of(pixels_NHWC))) for view in views])
-            logits.append(all_views.mean(0).half().cpu().numpy())
-        with replacing(path) as partial, partial.open("wb") as file:
-            np.save(file, np.concatenate(logits), allow_pickle=False)
+            part = slice(start, start + len(labels_N))
+            logits_VNC = torch.stack([teacher(feed(views[part].of(pixels_NHWC))) for views in all_views])
+            parts.append(logits_VNC.lerp(logits_VNC.mean(0), spec.consensus).half().cpu().numpy())
+            start += len(labels_N)
+        with replacing(path) as unfinished, unfinished.open("wb") as file:
+            np.save(file, np.concatenate(parts, axis=1), allow_pickle=False)
     stored: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     return stored
 

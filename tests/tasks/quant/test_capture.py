@@ -81,6 +81,15 @@ def test_memory_layout_of_the_example_leaves_no_trace() -> None:
     assert str(plain.graph) == str(channels_last.graph)
 
 
+def test_graph_runs_on_any_memory_layout() -> None:
+    """Flattening what has more than one pixel is no view of a channels-last tensor."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5)).eval()
+    images = torch.randn(3, 3, 8, 8)
+    graph = capture(model, images).to(memory_format=torch.channels_last)
+    found = graph(images.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(found, model(images), rtol=1e-4, atol=1e-5)
+
+
 FOLDABLE = {
     "conv": (nn.Sequential(nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8)), (6, 6, 6)),
     "conv without bias": (nn.Sequential(nn.Conv2d(6, 8, 3, bias=False), nn.BatchNorm2d(8)), (6, 6, 6)),
