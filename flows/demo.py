@@ -22,7 +22,7 @@ def demo_spec() -> RunSpec:
         name="digits",
         model=ModelSpec(architecture="tasks.models.digits:digits_net", weights=str(weights)),
         data=DataSpec(source="digits", calibration=256),
-        quant=QuantSpec(method="qat", qat=QatSpec(epochs=4, mirror=False)),
+        quant=QuantSpec(method="qat", qat=QatSpec(epochs=4, mirror=False, shift=2)),
         evaluation=EvaluationSpec(latency_batch_sizes=(1, 8, 32)),
         gates=GatesSpec(max_class_drop=5.0, min_agreement=98.0),
     )
