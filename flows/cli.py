@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -30,8 +33,9 @@ SpecFile = Annotated[Path | None, typer.Argument(help="A YAML spec: model, data,
 
 
 def main() -> None:
-    """Run the command line. Exit status: 0 done, 1 refused, 2 wrong usage, 3 rejected by a gate, 130 stopped."""
+    """Run the command line. Exit status: 0 done, 1 refused, 2 wrong usage, 3 rejected by a gate, 130 or 143 stopped."""
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao 0.18 with torch 2.15, of no consequence
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by default nothing would end the server that a run starts
     try:
         app()
     except GateRejected as error:
@@ -40,9 +44,10 @@ def main() -> None:
     except RequantError as error:
         _say(type(error).__name__, error)
         sys.exit(1)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("Stopped. The same command goes on from the last finished step and epoch.")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code in (130, 143):  # Typer makes the first of an interrupt, without a word
+            Console(stderr=True).print("Stopped. The same command goes on from the last finished step and epoch.")
+        raise
 
 
 def _say(title: str, error: RequantError) -> None:
@@ -81,7 +86,7 @@ def run(
         key, equals, value = text.partition("=")
         if not equals:
             raise SpecError(f"--set {text} has no value.", remedy="Write --set key=value.")
-        _assign(values, key, yaml.safe_load(value))
+        _assign(values, key, _value(text, value))
     if "name" not in values and model:
         values["name"] = model.rpartition(":")[2].lower()
     _run(spec_from(values, origin=str(spec) if spec else "command line"))
@@ -123,23 +128,66 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
     values[leaf] = value
 
 
+def _value(text: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise SpecError(f"--set {text}: {value} is not YAML.", remedy="Write it as in a spec file.") from error
+
+
 def _run(spec: RunSpec) -> None:
     with _prefect():
         from flows.requantize import requantize
         from tasks.publish_report import run_prefix
         from tasks.report.content import headline
 
-        report = requantize(spec)
-    console = Console(soft_wrap=True)
-    console.print(f"[bold green]{headline(report.decision)}[/]")
-    console.print(f"engine: {Settings().store}/{report.engine.engine.key}", highlight=False)
-    console.print(f"report: {Settings().store}/{run_prefix(report)}/report.html", highlight=False)
+    report = requantize(spec)
+    store, console = Settings().store, Console(soft_wrap=True)
+    console.print(headline(report.decision), style="bold green")
+    console.print(f"engine: {store}/{report.engine.engine.key}", markup=False, highlight=False)
+    console.print(f"report: {store}/{run_prefix(report)}/report.html", markup=False, highlight=False)
 
 
 @contextmanager
 def _prefect() -> Iterator[None]:
-    """Prefect with defaults that suit a command line; a server that was configured is used."""
+    """Prefect with defaults that suit a command line. At the end of the block its server answers.
+
+    A server that was configured is used. Otherwise one starts while the block imports what takes seconds to import.
+
+    Raises:
+        SpecError: if a setting does not fit.
+        RequantError: if no server can be reached.
+    """
+    _check_settings()
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")  # a cold start takes 20
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
-    yield
+    import prefect.server.api.server  # noqa: F401 - here, as two threads must not import the same modules at once
+    from prefect.client.orchestration import get_client
+
+    def reach() -> Exception | None:
+        # The server takes the mask over: Ctrl-C must not end it before it is told that the run was stopped.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            with get_client(sync_client=True) as client:
+                return client.api_healthcheck()
+        except RuntimeError as error:
+            return error
+
+    with ThreadPoolExecutor(1) as pool:
+        reached = pool.submit(reach)
+        yield
+        error = reached.result()
+    if error is not None:
+        raise RequantError(
+            f"No Prefect server answers: {error}.",
+            remedy="Mend PREFECT_API_URL, or unset it to start one with each run.",
+        ) from error
+
+
+def _check_settings() -> None:
+    try:
+        Settings()
+    except ValidationError as error:
+        mistakes = (f"REQUANT_{d['loc'][0]}".upper() + f": {d['msg']} (found {d['input']!r})" for d in error.errors())
+        raise SpecError("; ".join(mistakes) + ".", remedy="Mend these environment variables.") from error

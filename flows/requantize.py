@@ -39,5 +39,5 @@ def requantize(spec: RunSpec) -> RunReport:
 
     report = publish_report(spec, data, model, baseline, quantized, exported, engine, score, parity, speed, decision)
     if not decision.passed:  # everything is stored by now, for study
-        raise GateRejected(rejection_message(decision), remedy="The report shows what was measured.")
+        raise GateRejected(f"{rejection_message(decision)}.", remedy="The report shows what was measured.")
     return report

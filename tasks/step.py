@@ -51,13 +51,18 @@ def step(name: str) -> Callable[[Callable[P, T]], Task[P, T]]:
 
 
 class _OneLine(logging.Filter):
-    """A refusal is one clear line; its traceback would bury it. Every other error keeps its own."""
+    """A refusal is one clear line; its traceback would bury it. Every other error keeps its own.
+
+    That a run or a step has failed is said without its reason, which Prefect would repeat each time.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
         if isinstance(error, RequantError):
             record.msg, record.args = f"{type(error).__name__}: {error}", None
             record.exc_info = record.exc_text = None
+        elif str(record.msg).startswith("Finished in state Failed("):
+            record.msg, record.args = "Finished in state Failed", None
         return True
 
 
