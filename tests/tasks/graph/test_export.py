@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torchvision
+from onnx import TensorProto, numpy_helper
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from tasks.contracts.errors import ExportError
+from tasks.contracts.spec import QuantSpec, SchemeName
+from tasks.engines.onnxruntime import OnnxRuntimeEngine
+from tasks.graph.export import INPUT, OPSET, OUTPUT, export_onnx
+from tasks.graph.lint import lint
+from tasks.models.digits import digits_net
+from tasks.quant.calibrate import calibrate
+from tasks.quant.capture import capture, fold_batch_norm
+from tasks.quant.schemes import SCHEMES
+from tasks.quant.simulate import convert, simulate
+
+ORT: SchemeName = "onnxruntime"
+TRT: SchemeName = "tensorrt"
+WEIGHTED = ("Conv", "Gemm")
+LEFTOVERS = {"BatchNormalization", "Cast", "Clip", "Identity", "ReduceMean"}
+
+
+def settled(model: nn.Module, images_NCHW: Tensor) -> nn.Module:
+    """In inference mode, with batch norms that know the images."""
+    model.train()
+    with torch.no_grad():
+        for _ in range(10):
+            model(images_NCHW)
+    return model.eval()
+
+
+def folded_from(model: nn.Module, images_NCHW: Tensor) -> GraphModule:
+    graph = capture(model, images_NCHW[:2])
+    fold_batch_norm(graph)
+    return graph
+
+
+def converted_from(folded: GraphModule, scheme: SchemeName, images_NCHW: Tensor) -> GraphModule:
+    simulation = simulate(folded, SCHEMES[scheme], frozenset())
+    calibrate(simulation, lambda: [images_NCHW], QuantSpec(ranges="minmax"))
+    return convert(simulation)
+
+
+def write(graph: GraphModule, example_NCHW: Tensor, path: Path, scheme: SchemeName | None) -> onnx.ModelProto:
+    integer_bias = scheme is not None and SCHEMES[scheme].integer_bias
+    export_onnx(graph, example_NCHW, path, integer_bias=integer_bias)
+    return onnx.load(path)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The digits model three times: float, and INT8 for both schemes."""
+
+    network: nn.Module
+    images_NCHW: Tensor
+    graphs: dict[SchemeName | None, GraphModule]
+    paths: dict[SchemeName | None, Path]
+    models: dict[SchemeName | None, onnx.ModelProto]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    torch.manual_seed(0)
+    images_NCHW = torch.randn(16, 1, 32, 32)
+    network = settled(digits_net(), images_NCHW)
+    folded = folded_from(network, images_NCHW)
+    graphs: dict[SchemeName | None, GraphModule] = {None: folded}
+    graphs |= {scheme: converted_from(folded, scheme, images_NCHW) for scheme in SCHEMES}
+    folder = tmp_path_factory.mktemp("exported")
+    paths = {scheme: folder / f"{scheme}.onnx" for scheme in graphs}
+    models = {scheme: write(graph, images_NCHW[:2], paths[scheme], scheme) for scheme, graph in graphs.items()}
+    return Exported(network, images_NCHW, graphs, paths, models)
+
+
+def initializers(model: onnx.ModelProto) -> dict[str, TensorProto]:
+    return {tensor.name: tensor for tensor in model.graph.initializer}
+
+
+def producer_of(model: onnx.ModelProto, name: str) -> onnx.NodeProto | None:
+    return next((node for node in model.graph.node if name in node.output), None)
+
+
+def layers_by_weight(model: onnx.ModelProto) -> dict[str, str]:
+    """Type of the weight as it is stored, by the layer's name."""
+    stored, found = initializers(model), {}
+    for layer in model.graph.node:
+        if layer.op_type in WEIGHTED:
+            before = producer_of(model, layer.input[1])
+            weight = stored[before.input[0] if before is not None else layer.input[1]]
+            found[layer.name] = TensorProto.DataType.Name(weight.data_type)
+    return found
+
+
+@pytest.mark.parametrize("scheme", [None, ORT, TRT])
+def test_file_is_plain_onnx(scheme: SchemeName | None, exported: Exported) -> None:
+    """One opset, one input and one output by name, a batch of any size, nothing external."""
+    model = exported.models[scheme]
+    onnx.checker.check_model(model, full_check=True)
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", OPSET)]
+    (source,), (logits,) = model.graph.input, model.graph.output
+    assert (source.name, logits.name) == (INPUT, OUTPUT)
+    sizes = [[size.dim_value or None for size in value.type.tensor_type.shape.dim] for value in (source, logits)]
+    assert sizes == [[None, 1, 32, 32], [None, 10]]
+    assert {path.name for path in exported.paths[scheme].parent.iterdir()} == {
+        f"{name}.onnx" for name in (None, *SCHEMES)
+    }
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("scheme", [None, ORT, TRT])
+def test_onnx_runtime_gives_the_graphs_logits(scheme: SchemeName | None, count: int, exported: Exported) -> None:
+    """For batches of any size, up to a few roundings that tip over."""
+    images_NCHW = exported.images_NCHW[:count]
+    with torch.no_grad():
+        expected_NC = exported.graphs[scheme](images_NCHW).numpy()
+    with OnnxRuntimeEngine(exported.paths[scheme], threads=1) as engine:
+        found_NC = engine.answer(images_NCHW.numpy())
+    tolerance = 1e-4 if scheme is None else 0.1
+    np.testing.assert_allclose(found_NC, expected_NC, rtol=0, atol=tolerance * expected_NC.std())
+
+
+@pytest.mark.parametrize("scheme", [None, ORT, TRT])
+def test_layers_are_named_as_in_the_module(scheme: SchemeName | None, exported: Exported) -> None:
+    """Names that a user knows, and each once."""
+    names = [node.name for node in exported.models[scheme].graph.node if node.op_type in WEIGHTED]
+    modules = exported.network.named_modules()
+    assert sorted(names) == sorted(name for name, module in modules if isinstance(module, nn.Conv2d | nn.Linear))
+    every = [node.name for node in exported.models[scheme].graph.node]
+    assert len(every) == len(set(every))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_weights_are_stored_once_as_int8(scheme: SchemeName, exported: Exported) -> None:
+    """One initializer, one reader, symmetric, one scale for each output channel; the file shrinks accordingly."""
+    model, stored = exported.models[scheme], initializers(exported.models[scheme])
+    integer = {name for name, tensor in stored.items() if tensor.data_type == TensorProto.INT8 and len(tensor.dims) > 1}
+    readers = Counter(name for node in model.graph.node for name in node.input if name in integer)
+    assert set(readers) == integer
+    assert set(readers.values()) == {1}
+    for name in integer:
+        (dequantize,) = (node for node in model.graph.node if name in node.input)
+        scale_O, zero_point_O = (numpy_helper.to_array(stored[part]) for part in dequantize.input[1:3])
+        assert dequantize.op_type == "DequantizeLinear"
+        assert scale_O.shape == zero_point_O.shape == (stored[name].dims[0],)
+        assert not zero_point_O.any()
+        assert numpy_helper.to_array(stored[name]).min() >= -127
+    by_layer = layers_by_weight(model)
+    gate = {"2.body.2.reduce", "2.body.2.expand"}
+    floats = {name for name, kind in by_layer.items() if kind == "FLOAT"}
+    assert floats == (gate | {"7"} if scheme == TRT else set())  # ten classes are too few for TensorRT
+    sizes = {key: path.stat().st_size for key, path in exported.paths.items()}
+    assert sizes[None] / sizes[scheme] > 3.3
+
+
+def test_biases_are_int32_for_onnxruntime(exported: Exported) -> None:
+    """In steps of input scale times weight scale, within half a step of the float bias."""
+    model, stored = exported.models[ORT], initializers(exported.models[ORT])
+    exact = initializers(exported.models[None])
+    for layer in model.graph.node:
+        if layer.op_type not in WEIGHTED:
+            continue
+        dequantizing = [producer_of(model, name) for name in layer.input]
+        parts = [
+            [numpy_helper.to_array(stored[name]) for name in node.input if name in stored]
+            for node in dequantizing
+            if node is not None
+        ]
+        assert len(parts) == 3
+        (input_scale, _), (_, weight_scale_O, _), (steps_O, scale_O, zero_point_O) = parts
+        assert steps_O.dtype == zero_point_O.dtype == np.int32
+        np.testing.assert_array_equal(scale_O, (input_scale * weight_scale_O).astype(np.float32))
+        twin = next(node for node in exported.models[None].graph.node if node.name == layer.name)
+        float_O = numpy_helper.to_array(exact[twin.input[2]])
+        assert (np.abs(steps_O * scale_O.astype(np.float64) - float_O) <= 0.5001 * scale_O).all()
+
+
+def test_biases_are_float_for_tensorrt(exported: Exported) -> None:
+    """It adds them in its own precision."""
+    stored = initializers(exported.models[TRT])
+    layers = [node for node in exported.models[TRT].graph.node if node.op_type in WEIGHTED]
+    assert {stored[layer.input[2]].data_type for layer in layers} == {TensorProto.FLOAT}
+    assert not any(tensor.data_type == TensorProto.INT32 for tensor in stored.values())
+
+
+def test_pooling_is_the_operator_with_an_integer_kernel(exported: Exported) -> None:
+    """A mean over height and width is GlobalAveragePool in every file."""
+    for model in exported.models.values():
+        counts = Counter(node.op_type for node in model.graph.node)
+        assert counts["GlobalAveragePool"] == 2
+        assert not counts.keys() & LEFTOVERS
+
+
+@pytest.mark.parametrize("scheme", [None, ORT, TRT])
+def test_same_model_gives_the_same_bytes(scheme: SchemeName | None, exported: Exported, tmp_path: Path) -> None:
+    """Artifacts are named by their content. Strides of the example leave no trace in it."""
+    example_NCHW = exported.images_NCHW[2:5].contiguous(memory_format=torch.channels_last)
+    write(exported.graphs[scheme], example_NCHW, tmp_path / "again.onnx", scheme)
+    first, again = (path.read_bytes() for path in (exported.paths[scheme], tmp_path / "again.onnx"))
+    assert hashlib.sha256(first).hexdigest() == hashlib.sha256(again).hexdigest()
+
+
+def test_file_tells_nothing_of_the_machine(exported: Exported) -> None:
+    """No path, no source line, no stack."""
+    secrets = [str(Path(__file__).parents[3]), str(Path.home()), "site-packages", ".py", "File ", "nn_module", "pkg."]
+    for path in exported.paths.values():
+        content = path.read_bytes()
+        assert [secret for secret in secrets if secret.encode() in content] == []
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_digits_keep_the_rules_of_their_target(scheme: SchemeName, exported: Exported) -> None:
+    """Not even a warning."""
+    assert lint(exported.models[scheme], scheme) == ()
+
+
+def test_bias_that_does_not_fit_is_refused(exported: Exported, tmp_path: Path) -> None:
+    """Rather than wrapped around or clipped; no file is left."""
+    graph = copy.deepcopy(exported.graphs[ORT])
+    with torch.no_grad():
+        for name, parameter in graph.named_parameters():
+            if "bias" in name:
+                parameter.mul_(1e9)
+    with pytest.raises(ExportError, match=r"A bias of \S+ needs \S+ steps and int32 has 2\.1e9"):
+        export_onnx(graph, exported.images_NCHW[:2], tmp_path / "model.onnx", integer_bias=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Unknown(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.svdvals(x.mean(1)).float()  # type: ignore[no-any-return]
+
+
+def test_operator_that_onnx_lacks_is_refused(tmp_path: Path) -> None:
+    """With the exporter's own words, chained."""
+    images_NCHW = torch.randn(2, 1, 4, 4)
+    graph = capture(Unknown(), images_NCHW)
+    with pytest.raises(ExportError, match=r"torch\.onnx cannot export the graph: .+") as caught:
+        export_onnx(graph, images_NCHW, tmp_path / "model.onnx", integer_bias=False)
+    assert caught.value.__cause__ is not None
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+def test_torchvision_models_keep_the_rules_of_both_targets(name: str, tmp_path: Path) -> None:
+    """Every convolution has INT8 weights but those of squeeze-excite in TensorRT, and nothing is left over."""
+    torch.manual_seed(0)
+    images_NCHW = torch.randn(4, 3, 64, 64)
+    folded = folded_from(settled(torchvision.models.get_model(name, num_classes=16), images_NCHW), images_NCHW)
+    for scheme in SCHEMES:
+        graph = converted_from(folded, scheme, images_NCHW)
+        model = write(graph, images_NCHW[:2], tmp_path / f"{scheme}.onnx", scheme)
+        assert lint(model, scheme) == ()
+        for layer, kind in layers_by_weight(model).items():
+            gate = layer.endswith((".fc1", ".fc2"))
+            assert kind == ("FLOAT" if scheme == TRT and gate else "INT8"), layer
+        assert not {node.op_type for node in model.graph.node} & {
+            "BatchNormalization",
+            "Clip",
+            "ReduceMean",
+            "Identity",
+        }
