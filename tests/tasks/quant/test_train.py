@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import os
 import signal
@@ -225,41 +226,40 @@ def test_fewer_images_than_a_batch_are_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_answer_of_the_teacher_is_the_mean_of_both_sides(tmp_path: Path) -> None:
-    """In half precision; of the image alone when training does not mirror."""
-    still = SPEC.model_copy(update={"shift": 0})
-    sides = [logits(teacher(), SELECTION)]
-    mirrored = tensors_of(SELECTION).flip(3)
-    with torch.no_grad():
-        sides.append(teacher()(mirrored))
-    feed = Feed(PREPROCESS, CPU)
-    both_NC = answers(teacher(), SELECTION, feed, still, tmp_path / "both.npy")
-    one_NC = answers(teacher(), SELECTION, feed, still.model_copy(update={"mirror": False}), tmp_path / "one.npy")
-    assert both_NC.dtype == np.float16
-    np.testing.assert_allclose(both_NC, torch.stack(sides).mean(0), rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(one_NC, sides[0], rtol=1e-3, atol=1e-3)
-    assert not np.allclose(both_NC, one_NC, rtol=1e-3, atol=1e-3)
+def test_answers_are_the_teachers_for_each_view(tmp_path: Path) -> None:
+    """In half precision: the image as it is, its mirror, and so on, as the student will see them."""
+    own = SPEC.model_copy(update={"consensus": 0.0})
+    answers_VNC = answers(teacher(), SELECTION, Feed(PREPROCESS, CPU), own, tmp_path / "own.npy", num_views=3)
+    assert answers_VNC.dtype == np.float16
+    for number, answers_NC in enumerate(answers_VNC):
+        seen_NHWC = Views.make(number, len(SELECTION), own).of(SELECTION.pixels(slice(None)))
+        np.testing.assert_allclose(answers_NC, logits(teacher(), replaced(seen_NHWC)), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(answers_VNC[0], logits(teacher(), SELECTION), rtol=1e-3, atol=1e-3)
 
 
-def test_answer_of_the_teacher_includes_moved_images(tmp_path: Path) -> None:
-    """As many moved views as still ones, at random places that are the same each time."""
-    spec = SPEC.model_copy(update={"mirror": False})
-    first_NC, again_NC = (
-        answers(teacher(), SELECTION, Feed(PREPROCESS, CPU), spec, tmp_path / name) for name in ("1.npy", "2.npy")
-    )
-    np.testing.assert_array_equal(first_NC, again_NC)
-    still_NC = logits(teacher(), SELECTION).numpy()
-    moved_NC = 2 * first_NC.astype(np.float32) - still_NC
-    assert not np.allclose(moved_NC, still_NC, atol=0.01)
-    assert np.corrcoef(moved_NC.ravel(), still_NC.ravel())[0, 1] > 0.5
+def replaced(pixels_NHWC: np.ndarray) -> ImageSet:
+    return dataclasses.replace(SELECTION, pixels_NHWC=pixels_NHWC)
+
+
+def test_mirrored_answers_lean_to_the_mean_of_both_sides(tmp_path: Path) -> None:
+    """All the way at consensus 1, half of it at 0.5."""
+    mirrored_NHWC = SELECTION.pixels(slice(None))[:, :, ::-1]
+    sides_VNC = torch.stack([logits(teacher(), SELECTION), logits(teacher(), replaced(mirrored_NHWC))])
+    assert float((sides_VNC[0] - sides_VNC[1]).abs().max()) > 0.02
+    for consensus in (1.0, 0.5):
+        spec = SPEC.model_copy(update={"shift": 0, "consensus": consensus})
+        path = tmp_path / f"{consensus}.npy"
+        found_VNC = answers(teacher(), SELECTION, Feed(PREPROCESS, CPU), spec, path, num_views=2)
+        expected_VNC = consensus * sides_VNC.mean(0) + (1 - consensus) * sides_VNC
+        np.testing.assert_allclose(found_VNC, expected_VNC, rtol=1e-3, atol=3e-4)
 
 
 def test_teacher_is_asked_once(tmp_path: Path) -> None:
     """What is stored is read, whoever asks."""
     feed, path = Feed(PREPROCESS, CPU), tmp_path / "deep" / "answers.npy"
-    stored_NC = np.array(answers(teacher(), SELECTION, feed, SPEC, path))
+    stored_VNC = np.array(answers(teacher(), SELECTION, feed, SPEC, path, num_views=2))
     nobody = torch.fx.symbolic_trace(nn.Identity())
-    np.testing.assert_array_equal(answers(nobody, SELECTION, feed, SPEC, path), stored_NC)
+    np.testing.assert_array_equal(answers(nobody, SELECTION, feed, SPEC, path, num_views=2), stored_VNC)
 
 
 def test_views_mirror_and_move_pixels() -> None:
@@ -276,13 +276,18 @@ def test_views_mirror_and_move_pixels() -> None:
     assert views[1:3].of(np.stack([pixels_HWC] * 2))[..., 0].tolist() == seen_NHW[1:3].tolist()
 
 
-def test_views_are_as_random_as_the_spec_says() -> None:
-    """Half of them mirrored, moved by up to the shift either way; or none at all."""
-    random = np.random.default_rng(0)
-    views = Views.random(random, 2000, SPEC)
-    assert 0.45 < views.mirrored_N.mean() < 0.55
-    assert set(np.unique(views.moves_N2)) == {-2, -1, 0, 1, 2}
-    still = Views.random(random, 2000, SPEC.model_copy(update={"mirror": False, "shift": 0}))
+def test_views_are_made_as_the_spec_says() -> None:
+    """The first as it is, every other one mirrored, all moved by up to the shift, and the same at each call."""
+    first, mirrored, moved = (Views.make(number, 500, SPEC) for number in range(3))
+    assert not first.mirrored_N.any()
+    assert not first.moves_N2.any()
+    assert mirrored.mirrored_N.all()
+    assert not moved.mirrored_N.any()
+    for views in (mirrored, moved):
+        assert set(np.unique(views.moves_N2)) == {-2, -1, 0, 1, 2}
+    assert not np.array_equal(mirrored.moves_N2, moved.moves_N2)
+    np.testing.assert_array_equal(moved.moves_N2, Views.make(2, 500, SPEC).moves_N2)
+    still = Views.make(1, 500, SPEC.model_copy(update={"mirror": False, "shift": 0}))
     assert not still.mirrored_N.any()
     assert not still.moves_N2.any()
 
