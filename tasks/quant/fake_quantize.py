@@ -64,6 +64,7 @@ class FakeQuantizer(FakeQuantizeBase):  # type: ignore[misc]
         self.log_scale = nn.Parameter(torch.zeros(1))
         self.zero_point: Tensor
         self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
+        self.largest_scale: float = float("inf")  # that training may reach
         self.low: float = float("inf")
         self.high: float = float("-inf")
         self.histogram_B: Tensor | None = None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -15,9 +17,9 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from tasks.contracts.errors import QuantizeError
-from tasks.quant.capture import WEIGHTED, layer_of, read_tensor
+from tasks.quant.capture import WEIGHTED, aten, layer_of, read_tensor
 from tasks.quant.fake_quantize import FakeQuantizer, Mode, PerChannelFakeQuantizer
-from tasks.quant.schemes import Scheme, SchemeQuantizer
+from tasks.quant.schemes import MOVING, Scheme, SchemeQuantizer
 
 LARGEST_INT32 = 2**31 - 1
 _SET_BY_CALIBRATION = ("log_scale", "zero_point")  # one value, and then one for each channel
@@ -98,6 +100,7 @@ def simulate(folded: GraphModule, scheme: Scheme, keep_float: frozenset[str]) ->
         QuantizeError: if nothing can be quantized.
     """
     graph = prepare_pt2e(copy.deepcopy(folded), SchemeQuantizer(scheme, keep_float))
+    _limit_scales(graph)
     layers = tuple(_simulated_layers(graph))
     if not layers:
         raise QuantizeError(
@@ -105,6 +108,24 @@ def simulate(folded: GraphModule, scheme: Scheme, keep_float: frozenset[str]) ->
             remedy="Keep fewer layers float, or choose a model with convolutions.",
         )
     return Simulation(graph, scheme, layers)
+
+
+def _limit_scales(graph: GraphModule) -> None:
+    """Let no scale behind a ReLU6 cover more than it lets through.
+
+    ONNX Runtime drops the ReLU6 only if the integers saturate no later; otherwise the convolution before it is float.
+    """
+    tops: dict[FakeQuantizer, list[float]] = {}
+    for node in graph.graph.nodes:
+        quantizer = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(quantizer, FakeQuantizer):
+            source = node.args[0]
+            while source.target in MOVING or source.op == "call_module":
+                source = source.args[0]
+            bounds: tuple[Any, ...] = source.args[1:] if source.target == aten.hardtanh.default else ()
+            tops.setdefault(quantizer, []).append(bounds[1] if len(bounds) == 2 and bounds[0] == 0 else math.inf)
+    for quantizer, reached in tops.items():
+        quantizer.largest_scale = max(reached) / quantizer.quant_max
 
 
 def _simulated_layers(graph: GraphModule) -> Iterator[SimulatedLayer]:

@@ -24,7 +24,7 @@ from torch.fx import GraphModule
 from tasks.contracts.errors import QuantizeError
 from tasks.contracts.records import Epoch
 from tasks.contracts.spec import PreprocessSpec, QatSpec
-from tasks.quant.fake_quantize import Mode
+from tasks.quant.fake_quantize import FakeQuantizer, Mode
 from tasks.quant.simulate import Simulation
 from tasks.stores.workspace import replacing
 
@@ -102,9 +102,11 @@ class Trainer:
         path = folder / "selection.npy"
         self._selection_answers_VNC = answers(teacher, selection, self._feed, spec, path, num_views=1)
         named = list(self._graph.named_parameters())
-        self._scales = [parameter for name, parameter in named if name.endswith("log_scale")]
-        self._weights = [parameter for name, parameter in named if not name.endswith("log_scale")]
+        self._scales: list[Tensor] = [parameter for name, parameter in named if name.endswith("log_scale")]
+        self._weights: list[Tensor] = [parameter for name, parameter in named if not name.endswith("log_scale")]
         self._parameters: list[Tensor] = [*self._weights, *self._scales]
+        owners = [self._graph.get_submodule(name.rpartition(".")[0]) for name, _ in named if name.endswith("log_scale")]
+        self._highest = [math.log(owner.largest_scale) for owner in owners if isinstance(owner, FakeQuantizer)]
         self._optimizer = torch.optim.AdamW(
             [
                 {"params": self._weights, "peak": spec.learning_rate, "weight_decay": spec.weight_decay},
@@ -172,6 +174,7 @@ class Trainer:
         nn.utils.clip_grad_norm_(self._parameters, self._spec.gradient_clip)
         self._optimizer.step()
         with torch.no_grad():
+            torch._foreach_clamp_max_(self._scales, self._highest)
             torch._foreach_lerp_(self._average, self._parameters, 1.0 - self._spec.ema_decay)
         return loss.detach()
 

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 import torchvision
@@ -250,6 +252,24 @@ def test_operator_that_onnx_lacks_is_refused(tmp_path: Path) -> None:
         export_onnx(graph, images_NCHW, tmp_path / "model.onnx", integer_bias=False)
     assert caught.value.__cause__ is not None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_relu6_disappears_into_its_convolution(tmp_path: Path) -> None:
+    """At the largest scale that training may reach ONNX Runtime still runs everything in integers."""
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU6(), nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(128, 4)).eval()
+    images_NCHW = 100 * torch.randn(4, 3, 8, 8)
+    simulation = simulate(folded_from(model, images_NCHW), SCHEMES[ORT], frozenset())
+    calibrate(simulation, lambda: [images_NCHW], QuantSpec(ranges="minmax"))
+    with torch.no_grad():
+        inner = simulation.layers[1].input_quantizer
+        inner.log_scale.fill_(math.log(inner.largest_scale))
+    export_onnx(convert(simulation), images_NCHW, tmp_path / "relu6.onnx", integer_bias=True)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimised.onnx"), 3
+    onnxruntime.InferenceSession(tmp_path / "relu6.onnx", options, providers=["CPUExecutionProvider"])
+    counts = Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
+    assert counts["QLinearConv"] == 2
+    assert not counts.keys() & {"Clip", "Conv", "FusedConv"}
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])

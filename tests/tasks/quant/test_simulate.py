@@ -206,6 +206,14 @@ def test_float_biases_need_no_room() -> None:
     assert fit_biases(simulation) == 0
 
 
+def test_scale_behind_relu6_has_a_limit() -> None:
+    """Also where the tensor is pooled, and not where it shares its scale with others."""
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU6(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Flatten())
+    simulation = simulate(folded_from(model, torch.randn(2, 1, 8, 8)), SCHEMES[ORT], frozenset())
+    inputs = [layer.input_quantizer.largest_scale for layer in simulation.layers]
+    assert inputs == [float("inf"), 6 / 255]
+
+
 def test_exact_tensors_are_the_float_models(folded: GraphModule, images_NCHW: Tensor) -> None:
     """One per quantized place in the graph's order, the input first, whatever mode is on."""
     simulation = calibrated(folded, ORT, images_NCHW)

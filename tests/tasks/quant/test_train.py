@@ -65,7 +65,7 @@ def teacher() -> GraphModule:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.Hardswish(),
-        nn.Conv2d(8, 8, 3, 1, 1, groups=8, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, 1, 1, groups=8, bias=False), nn.BatchNorm2d(8), nn.ReLU6(),
         nn.AdaptiveAvgPool2d((4, 1)), nn.Flatten(), nn.Linear(32, 4),
     ).train()  # fmt: skip
     for _ in range(5):
@@ -139,6 +139,19 @@ def test_training_brings_the_simulation_to_its_teacher(tmp_path: Path) -> None:
             assert not torch.equal(tensor, state_of(before)[name]), name
     assert all(torch.equal(tensor, teacher_before[name]) for name, tensor in teacher().state_dict().items())
     assert {quantizer.mode for quantizer in simulation.quantizers()} == {Mode.SIMULATE}
+
+
+def test_scale_behind_relu6_never_covers_more_than_it(tmp_path: Path) -> None:
+    """Wherever training would like to have it."""
+    simulation = badly_calibrated()
+    limited = [quantizer for quantizer in simulation.quantizers() if quantizer.largest_scale < float("inf")]
+    for quantizer in simulation.activations():
+        quantizer.set_range(torch.zeros(1), torch.full((1,), 100.0))
+    train(simulation, teacher(), TRAIN, SELECTION, SPEC, seed=0, device=CPU, folder=tmp_path)
+    assert len(limited) == 1
+    tops = [quantizer.covered()[1] for quantizer in simulation.activations()]
+    assert sorted(tops)[0] == limited[0].covered()[1] <= 6.00001
+    assert sorted(tops)[1] > 50
 
 
 def test_history_tells_each_epoch(tmp_path: Path) -> None:
