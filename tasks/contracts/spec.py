@@ -94,10 +94,10 @@ class DataSpec(Section):
 class QatSpec(Section):
     """Quantization-aware training: learned scales, taught by the float model."""
 
-    epochs: Count = 8
+    epochs: Count = 4
     batch_size: Count = 64
-    learning_rate: float = Field(1e-4, gt=0, description="Peak of the cosine schedule, for weights.")
-    scale_learning_rate: float = Field(1e-3, gt=0, description="The same for scales, relative to each scale.")
+    learning_rate: float = Field(5e-5, gt=0, description="Peak of the cosine schedule, for weights.")
+    scale_learning_rate: float = Field(2e-3, gt=0, description="The same for scales, relative to each scale.")
     weight_decay: float = Field(0.0, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of all steps over which the rates rise.")
     distillation: float = Field(1.0, ge=0, le=1, description="Weight of the float model's answers against the labels.")
