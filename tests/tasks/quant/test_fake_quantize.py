@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tasks.contracts.spec import QuantSpec
+from tasks.contracts.spec import QuantSpec, SchemeName
 from tasks.quant.fake_quantize import NUM_BINS, FakeQuantizer, Mode, PerChannelFakeQuantizer
 from tasks.quant.ranges import SMALLEST_SCALE
 from tasks.quant.schemes import SCHEMES
@@ -14,9 +14,9 @@ LAYOUTS = [torch.contiguous_format, torch.channels_last]
 MINMAX = QuantSpec(ranges="minmax")
 
 
-def activation(scheme: str = "onnxruntime") -> FakeQuantizer:
+def activation(scheme: SchemeName = "onnxruntime") -> FakeQuantizer:
     """As the scheme asks for it, simulating."""
-    spec = SCHEMES[scheme].activation  # type: ignore[index]
+    spec = SCHEMES[scheme].activation
     made = FakeQuantizer(
         dtype=spec.dtype, quant_min=spec.quant_min, quant_max=spec.quant_max, qscheme=spec.qscheme, ch_axis=-1
     )
@@ -68,7 +68,7 @@ def naive_gradients(x: Tensor, upstream: Tensor, quantizer: FakeQuantizer) -> tu
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels last"])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_forward_is_round_half_to_even_and_saturate(scheme: str, layout: torch.memory_format) -> None:
+def test_forward_is_round_half_to_even_and_saturate(scheme: SchemeName, layout: torch.memory_format) -> None:
     """Ties, both saturated ends and the sign of small values, exactly as numpy does it."""
     quantizer = covering(activation(scheme), -4.0, 60.0)
     step = float(quantizer.scale.detach())
@@ -105,7 +105,7 @@ def test_forward_of_weights_has_one_scale_per_output_channel(layout: torch.memor
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels last"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_gradients_of_activations_are_those_of_the_paper(
-    scheme: str, layout: torch.memory_format, upstream_layout: torch.memory_format
+    scheme: SchemeName, layout: torch.memory_format, upstream_layout: torch.memory_format
 ) -> None:
     """Straight through inside the range, none outside; the scale's by equation 3."""
     quantizer = covering(activation(scheme), -1.0, 2.0)
@@ -119,11 +119,14 @@ def test_gradients_of_activations_are_those_of_the_paper(
     torch.testing.assert_close(quantizer.log_scale.grad.double(), expected_scale, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("upstream_layout", LAYOUTS, ids=["upstream contiguous", "upstream channels last"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels last"])
-def test_gradients_of_weights_are_those_of_the_paper(layout: torch.memory_format) -> None:
+def test_gradients_of_weights_are_those_of_the_paper(
+    layout: torch.memory_format, upstream_layout: torch.memory_format
+) -> None:
     """The same, for each output channel by itself."""
     weight_OIHW = torch.randn(6, 4, 3, 3).contiguous(memory_format=layout).requires_grad_()
-    upstream = torch.randn(6, 4, 3, 3).contiguous(memory_format=layout)
+    upstream = torch.randn(6, 4, 3, 3).contiguous(memory_format=upstream_layout)
     quantizer = weight()
     reach_O = torch.linspace(0.3, 3.0, 6)
     quantizer.set_range(-reach_O, reach_O)
@@ -148,6 +151,44 @@ def test_gradients_of_a_linear_layer_and_of_an_odd_layout() -> None:
         assert quantizer.log_scale.grad is not None
         torch.testing.assert_close(x.grad.double(), expected_x, rtol=0, atol=0)
         torch.testing.assert_close(quantizer.log_scale.grad.double(), expected_scale, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_linear_weights() -> None:
+    """Two axes, one scale for each row."""
+    weight_ON = torch.randn(6, 40).requires_grad_()
+    upstream = torch.randn(6, 40)
+    quantizer = weight()
+    quantizer.set_range(-torch.ones(6), torch.ones(6))
+    quantizer(weight_ON).backward(upstream)
+    expected_x, expected_scale_O = naive_gradients(weight_ON, upstream, quantizer)
+    assert weight_ON.grad is not None
+    assert quantizer.log_scale.grad is not None
+    torch.testing.assert_close(weight_ON.grad.double(), expected_x, rtol=0, atol=0)
+    torch.testing.assert_close(quantizer.log_scale.grad.double(), expected_scale_O, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_simulation_equals_the_operators_that_conversion_writes(scheme: SchemeName) -> None:
+    """Bit for bit, activations and weights; the fake-quantize kernel that CUDA takes gives the same bits too."""
+    quantizer, x = covering(activation(scheme), -1.0, 2.0), torch.randn(4, 6, 7, 5) * 2
+    scale, zero_point = (float(part) for part in quantizer.calculate_qparams())
+    bounds, ops = (quantizer.quant_min, quantizer.quant_max), torch.ops.quantized_decomposed
+    steps = ops.quantize_per_tensor(x, scale, int(zero_point), *bounds, quantizer.dtype)
+    back = ops.dequantize_per_tensor(steps, scale, int(zero_point), *bounds, quantizer.dtype)
+    assert torch.equal(quantizer(x), back)
+    one, kernel = (
+        torch.ones(1, dtype=torch.long),
+        torch.ops.aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams,
+    )
+    assert torch.equal(quantizer(x), kernel(x, quantizer.scale.detach(), quantizer.zero_point, one, *bounds)[0])
+    by_channel, weight_OI = weight(), torch.randn(5, 30)
+    by_channel.choose_weight_range(weight_OI / 2, MINMAX)
+    scale_O, zero_point_O = by_channel.calculate_qparams()
+    kept = ops.dequantize_per_channel(
+        ops.quantize_per_channel(weight_OI, scale_O, zero_point_O, 0, -127, 127, torch.int8),
+        scale_O, zero_point_O, 0, -127, 127, torch.int8,
+    )  # fmt: skip
+    assert torch.equal(by_channel(weight_OI), kept)
 
 
 def test_learning_finds_the_better_scale() -> None:
