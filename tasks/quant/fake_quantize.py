@@ -81,7 +81,9 @@ class FakeQuantizer(FakeQuantizeBase):  # type: ignore[misc]
         return x
 
     def _simulate(self, x: Tensor) -> Tensor:
-        simulated: Tensor = _SimulatePerTensor.apply(x, self.log_scale, self.zero_point, self.quant_min, self.quant_max)
+        # The image's own scale does not learn: it would cost the first convolution the gradient of its input.
+        log_scale = self.log_scale if x.requires_grad else self.log_scale.detach()
+        simulated: Tensor = _SimulatePerTensor.apply(x, log_scale, self.zero_point, self.quant_min, self.quant_max)
         return simulated
 
     def _observe(self, x: Tensor) -> None:
@@ -185,17 +187,18 @@ class _SimulatePerChannel(torch.autograd.Function):
         scale = log_scale.exp().reshape(-1, *(1,) * (x.dim() - 1))
         steps = x * scale.reciprocal()
         y = steps.round().clamp_(low, high).mul_(scale)
-        ctx.save_for_backward(steps, y, scale)
+        ctx.save_for_backward(x, steps, y)
         ctx.ends = low - 0.5, high + 0.5
         ctx.shrink = (x.numel() / x.shape[0] * high) ** -0.5
         return y
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        steps, y, scale = ctx.saved_tensors
+        x, steps, y = ctx.saved_tensors
         gradient_x = _within(upstream[0], steps, *ctx.ends)
-        upstream_y, gradient_x_steps = _dot_rows(upstream[0], y), _dot_rows(gradient_x, steps)
-        return gradient_x, (upstream_y - gradient_x_steps * scale.flatten()) * ctx.shrink, None, None
+        products = (upstream[0] * y).addcmul_(gradient_x, x, value=-1)
+        gradient_scale = products.sum(tuple(range(1, x.dim()))).mul_(ctx.shrink)
+        return gradient_x, gradient_scale, None, None
 
 
 def _rounded(x: Tensor, scale: Tensor, lowest: float, highest: float) -> Tensor:
@@ -216,14 +219,6 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
         flat = (a.numel(),), (1,)
         return torch.dot(a.as_strided(*flat, a.storage_offset()), b.as_strided(*flat, b.storage_offset()))
     return (a * b).sum()
-
-
-def _dot_rows(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of products for each output channel, [O]; no copy where both lie in the same order."""
-    if _layout(b) is torch.channels_last:
-        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
-    sums_O: Tensor = torch.linalg.vecdot(a.flatten(1), b.flatten(1))
-    return sums_O
 
 
 def _layout(x: Tensor) -> torch.memory_format:

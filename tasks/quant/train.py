@@ -105,8 +105,10 @@ class Trainer:
         self._scales: list[Tensor] = [parameter for name, parameter in named if name.endswith("log_scale")]
         self._weights: list[Tensor] = [parameter for name, parameter in named if not name.endswith("log_scale")]
         self._parameters: list[Tensor] = [*self._weights, *self._scales]
-        owners = [self._graph.get_submodule(name.rpartition(".")[0]) for name, _ in named if name.endswith("log_scale")]
-        self._highest = [math.log(owner.largest_scale) for owner in owners if isinstance(owner, FakeQuantizer)]
+        owners = [module for module in self._graph.modules() if isinstance(module, FakeQuantizer)]
+        limited = [owner for owner in owners if owner.largest_scale < math.inf]
+        self._limited: list[Tensor] = [owner.log_scale for owner in limited]
+        self._highest = [math.log(owner.largest_scale) for owner in limited]
         self._optimizer = torch.optim.AdamW(
             [
                 {"params": self._weights, "peak": spec.learning_rate, "weight_decay": spec.weight_decay},
@@ -174,7 +176,8 @@ class Trainer:
         nn.utils.clip_grad_norm_(self._parameters, self._spec.gradient_clip)
         self._optimizer.step()
         with torch.no_grad():
-            torch._foreach_clamp_max_(self._scales, self._highest)
+            if self._limited:
+                torch._foreach_clamp_max_(self._limited, self._highest)
             torch._foreach_lerp_(self._average, self._parameters, 1.0 - self._spec.ema_decay)
         return loss.detach()
 

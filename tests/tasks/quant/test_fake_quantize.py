@@ -191,10 +191,17 @@ def test_simulation_equals_the_operators_that_conversion_writes(scheme: SchemeNa
     assert torch.equal(by_channel(weight_OI), kept)
 
 
+def test_scale_of_the_image_does_not_learn() -> None:
+    """What needs no gradient itself asks for none."""
+    quantizer = covering(activation(), -1.0, 1.0)
+    assert not quantizer(torch.randn(3, 4)).requires_grad
+    assert quantizer(torch.randn(3, 4, requires_grad=True)).requires_grad
+
+
 def test_learning_finds_the_better_scale() -> None:
     """A range ten times too wide shrinks until the error is far smaller."""
     torch.manual_seed(0)
-    x = torch.randn(1, 4096)
+    x = torch.randn(1, 4096, requires_grad=True)
     quantizer = covering(activation("tensorrt"), -40.0, 40.0)
     before = float((quantizer(x) - x).detach().square().mean())
     optimizer = torch.optim.Adam(quantizer.parameters(), lr=0.05)
