@@ -16,7 +16,6 @@ import typer
 import yaml
 from pydantic import ValidationError
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from tasks.contracts.errors import GateRejected, RequantError, SpecError
@@ -107,10 +106,10 @@ def doctor() -> None:
     """What this machine can do."""
     from flows.doctor import findings
 
-    table = Table("", "found", "so", box=None, pad_edge=False)
-    for finding in findings():
-        table.add_row(*map(Text, finding))  # as it is: [extra] is no markup
-    Console(soft_wrap=True).print(table)
+    console = Console()
+    for what, found, so in findings():
+        line = Text.assemble((f"{what:<20}", "bold"), found, (f"  {so}" if so else "", "dim"))
+        console.print(line, soft_wrap=True)  # a table would cut paths to the width of the screen
 
 
 @app.command()

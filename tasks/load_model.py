@@ -27,10 +27,10 @@ def load_model(spec: RunSpec, data: DataRecord) -> ModelRecord:
             remedy="Name a .safetensors or .pth file, or torchvision weights such as DEFAULT.",
         )
     num_classes = spec.model.num_classes or len(data.class_names)
-    if num_classes < len(data.class_names):
+    if num_classes != len(data.class_names):  # more would be answers that no class of the data can be
         raise ModelError(
             f"The model has {num_classes} outputs and the data {len(data.class_names)} classes.",
-            remedy="Give a model for these classes, or leave model.num_classes out.",
+            remedy="Give data with the model's classes, in the same order, or leave model.num_classes out.",
         )
 
     def compute(store: Store, work: Path) -> ModelRecord:

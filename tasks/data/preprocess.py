@@ -45,7 +45,8 @@ def resolve_preprocess(model: ModelSpec, data: DataSpec) -> PreprocessSpec:
         return recipe
     raise SpecError(
         f"Nothing says how images become the input of {model.architecture} with weights {model.weights}.",
-        remedy="Give data.preprocess: resize, crop, mean and std as in training.",
+        remedy="Give data.preprocess (resize, crop, mean and std) as in training, such as "
+        "--set data.preprocess.resize=224.",
     )
 
 
