@@ -96,9 +96,7 @@ def demo() -> None:
     """Train a small digits classifier, then re-quantize it: no download, no set-up, a few minutes."""
     with _prefect():
         from flows.demo import demo_spec
-
-        spec = demo_spec()
-    _run(spec)
+    _run(demo_spec())
 
 
 @app.command()

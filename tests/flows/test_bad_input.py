@@ -19,9 +19,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows import cli
 from tasks.contracts.errors import (
     DataError,
     ModelError,
@@ -306,12 +304,10 @@ def test_a_command_that_a_gate_rejects_ends_with_status_3(after_first: Place, pr
     assert len(list((after_first.store / "models" / "plain" / "runs").glob("*/report.html"))) == 2
 
 
-def test_a_prefect_server_that_does_not_answer_is_one_error() -> None:
+def test_a_prefect_server_that_does_not_answer_is_one_error(place: Place) -> None:
     """A server that was configured is not silently replaced by another."""
-    with (
-        temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}),
-        pytest.raises(RequantError, match="No Prefect server answers") as caught,
-        cli._prefect(),
-    ):
-        pass
-    assert "PREFECT_API_URL" in caught.value.remedy
+    end = place.call("run", "plain.yaml", PREFECT_API_URL="http://127.0.0.1:9/api")
+    error, remedy = refusal(end)
+    assert end.status == 1
+    assert "No Prefect server answers" in error
+    assert "PREFECT_API_URL" in remedy
