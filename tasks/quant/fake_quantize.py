@@ -5,7 +5,8 @@ so it stays positive and one learning rate suits all layers. With y the simulate
 
     dL/d(log s) = sum(dL/dy * y) - sum(dL/dx * x)
 
-which needs two products and no tensor of its own.
+which needs two products and no tensor of its own. On a CPU they are taken over a part of the batch: a batch is a random
+sample already, and a scale stands for so many values that a part of them tells its gradient as well.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tasks.quant.ranges import SMALLEST_SCALE, Grid, mse_range, percentile_range
 
 NUM_BINS = 2048
 _SAMPLE = 2**20  # values of one batch that enter the histogram; the observed ends are exact
+_BATCH_SHARE = 4  # of this many images, one tells the gradient of the scales
 
 
 class Mode(Enum):
@@ -160,12 +162,12 @@ class SimulatePerTensor(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, log_scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
-        scale = log_scale.exp()
+        scale = float(log_scale.exp())
         lowest, highest = low - int(zero_point), high - int(zero_point)
         # Half to even, by the inverse of the scale, as PT2E's own quantize operation does.
-        y = (x * scale.reciprocal()).round_().clamp_(lowest, highest).mul_(scale)
-        ctx.ends = (lowest - 0.5) * float(scale), (highest + 0.5) * float(scale)
-        ctx.shrink = _shrink(x.numel(), high)
+        y = (x * (1.0 / scale)).round_().clamp_(lowest, highest).mul_(scale)
+        ctx.ends = (lowest - 0.5) * scale, (highest + 0.5) * scale
+        ctx.high = high
         ctx.save_for_backward(x, y)
         return y
 
@@ -173,7 +175,9 @@ class SimulatePerTensor(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, y = ctx.saved_tensors
         gradient_x = _within(upstream[0], x, *ctx.ends)
-        gradient_scale = (_dot(upstream[0], y) - _dot(gradient_x, x)) * ctx.shrink
+        part = max(1, len(x) // _BATCH_SHARE) if x.dim() == 4 else len(x)  # only of images is the first axis the batch
+        gradient_scale = _dot(upstream[0][:part], y[:part]) - _dot(gradient_x[:part], x[:part])
+        gradient_scale *= len(x) / part * _shrink(x.numel(), ctx.high)
         return gradient_x, gradient_scale.reshape(1), None, None, None
 
 
