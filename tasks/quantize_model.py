@@ -20,7 +20,7 @@ from tasks.quant.calibrate import calibrate, correct_biases, search_ranges
 from tasks.quant.capture import capture, fold_batch_norm, fold_error
 from tasks.quant.fake_quantize import Mode
 from tasks.quant.schemes import SCHEMES, layers_kept_float
-from tasks.quant.simulate import Simulation, predictions, simulate
+from tasks.quant.simulate import Simulation, fit_biases, predictions, simulate
 from tasks.quant.train import train
 from tasks.step import Progress, everything, remember, step, the_device, the_images
 from tasks.stores.base import Store
@@ -69,6 +69,7 @@ def quantize_model(spec: RunSpec, data: DataRecord, model: ModelRecord) -> Quant
                 progress=Progress("training with INT8 simulated"),
             )
             simulation.graph.cpu()
+        fit_biases(simulation)
         state = work / "state.safetensors"
         simulation.save(state)
         return QuantizedRecord(

@@ -34,6 +34,7 @@ def calibrate(
 
     Args:
         batches_NCHW: gives the calibration images anew at each call.
+        progress: is told passes done of all passes.
 
     Raises:
         DataError: if there are no images.
@@ -49,11 +50,11 @@ def calibrate(
             for images in batches_NCHW():
                 observing(images)
                 seen += len(images)
-                if progress:
-                    progress(number * 100 // len(modes), 100)
         if not seen:
             raise DataError("There are no calibration images.", remedy="Raise data.calibration.")
         _refuse_non_finite(simulation)
+        if progress:
+            progress(number + 1, len(modes))
     for quantizer in simulation.activations():
         quantizer.choose_range(spec)
     simulation.set_mode(Mode.SIMULATE)

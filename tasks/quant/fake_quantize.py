@@ -162,11 +162,11 @@ class SimulatePerTensor(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, log_scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
-        scale = float(log_scale.exp())
+        scale = log_scale.exp()
         lowest, highest = low - int(zero_point), high - int(zero_point)
         # Half to even, by the inverse of the scale, as PT2E's own quantize operation does.
-        y = (x * (1.0 / scale)).round_().clamp_(lowest, highest).mul_(scale)
-        ctx.ends = (lowest - 0.5) * scale, (highest + 0.5) * scale
+        y = (x * scale.reciprocal()).round_().clamp_(lowest, highest).mul_(scale)
+        ctx.ends = (lowest - 0.5) * float(scale), (highest + 0.5) * float(scale)
         ctx.high = high
         ctx.save_for_backward(x, y)
         return y

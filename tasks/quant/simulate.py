@@ -189,8 +189,10 @@ def fit_biases(simulation: Simulation) -> int:
 
 
 def convert(simulation: Simulation) -> GraphModule:
-    """The same model with weights stored as INT8 and explicit quantize and dequantize operations."""
-    fit_biases(simulation)
+    """The same model with weights stored as INT8 and explicit quantize and dequantize operations.
+
+    Export refuses a bias that does not fit int32: call `fit_biases` before.
+    """
     converted = convert_pt2e(copy.deepcopy(simulation.graph).cpu())
     assert isinstance(converted, GraphModule)
     return converted
