@@ -23,7 +23,7 @@ Finding = tuple[str, str, str]  # what, found, so
 def findings() -> Iterator[Finding]:
     """One row per ability."""
     yield "Python", platform.python_version(), platform.platform()
-    yield "CPU", hardware(), "fast and exact INT8" if has_vnni() else "no VNNI: INT8 may be slow and may saturate"
+    yield "CPU", hardware(), "fast and exact INT8" if has_vnni() else "no VNNI: INT8 may be slow"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield "cores", str(cores), f"PyTorch uses {torch.get_num_threads()} threads"
     yield _gpu()

@@ -28,8 +28,9 @@ def int8_notes() -> tuple[str, ...]:
     if has_vnni():
         return ()
     return (
-        "This CPU shows no VNNI instructions: 8-bit weights may saturate in 16-bit sums, which costs accuracy, "
-        "and INT8 may run slower than float. Judge latency and accuracy on the target's CPU.",
+        "This CPU shows no VNNI instructions: INT8 gains less over float than on a CPU that has them, and may lose. "
+        "Judge latency on the target's CPU, and there set session.x64quantprecision to 1 if it has no VNNI either: "
+        "ONNX Runtime saturates otherwise, which costs accuracy.",
     )
 
 

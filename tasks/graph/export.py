@@ -62,6 +62,7 @@ def export_onnx(graph: GraphModule, example_NCHW: Tensor, path: Path, *, integer
     _global_pooling(model)
     if integer_bias:
         _integer_biases(model)
+    _own_weights(model)
     _plain(model)
     ir.save(model, path)
     try:
@@ -92,6 +93,7 @@ def _global_pooling(model: ir.Model) -> None:
 
 
 def _integer_biases(model: ir.Model) -> None:
+    taken: Counter[str] = Counter()
     for node in list(model.graph):
         if node.op_type not in _WEIGHTED or len(node.inputs) < 3 or node.inputs[2] is None:
             continue
@@ -109,7 +111,10 @@ def _integer_biases(model: ir.Model) -> None:
                 f"A bias of {node.name} needs {np.abs(steps_O).max():.3g} steps and int32 has 2.1e9.",
                 remedy="Widen the weight scales first (fit_biases).",
             )
-        name = node.inputs[2].name
+        name = str(node.inputs[2].name)
+        taken[name] += 1
+        if taken[name] > 1:  # a layer that is used again, on inputs of another scale
+            name = f"{name}_{taken[name]}"
         constants = {
             f"{name}_int32": steps_O.astype(np.int32),
             f"{name}_scale": scale_O,
@@ -119,6 +124,31 @@ def _integer_biases(model: ir.Model) -> None:
         dequantize = ir.node("DequantizeLinear", inputs, {"axis": 0}, name=f"{name}_dequantize")
         model.graph.insert_before(node, dequantize)
         node.replace_input_with(2, dequantize.outputs[0])
+
+
+def _own_weights(model: ir.Model) -> None:
+    """Give each use of an INT8 weight its own steps and zero points.
+
+    ONNX Runtime makes uint8 of int8 weights where the CPU would saturate, and fails if two nodes share such a tensor.
+    """
+    for node in list(model.graph):
+        if node.op_type != "DequantizeLinear":
+            continue
+        weight, scale = node.inputs[:2]
+        steps = _array(weight)
+        if weight is None or steps is None or steps.dtype != np.int8:
+            continue
+        name = str(weight.name)
+        zeros = np.zeros_like(_array(scale), np.int8)
+        node.resize_inputs(3)
+        node.replace_input_with(2, _initializer(model, f"{name}_zero_point", zeros))
+        for number, (user, index) in enumerate(list(node.outputs[0].uses())[1:], 2):  # a layer that is used again
+            constants = {f"{name}_{number}": steps, f"{name}_{number}_zero_point": zeros}
+            own_steps, own_zeros = (_initializer(model, key, array) for key, array in constants.items())
+            inputs = [own_steps, scale, own_zeros]
+            again = ir.node("DequantizeLinear", inputs, node.attributes, name=f"{node.name}_{number}")
+            model.graph.insert_before(user, again)
+            user.replace_input_with(index, again.outputs[0])
 
 
 def _dequantize_before(value: ir.Value | None) -> ir.Node | None:

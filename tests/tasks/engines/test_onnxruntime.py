@@ -68,8 +68,8 @@ def test_the_session_has_the_options_that_are_recorded(gather: Path) -> None:
         assert session.inter_op_num_threads == int(engine.options["inter_op_num_threads"]) == 1
         assert session.graph_optimization_level == ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         assert engine.options["graph_optimization_level"] == "ORT_DISABLE_ALL"
-        spinning = "session.intra_op.allow_spinning"
-        assert session.get_session_config_entry(spinning) == engine.options[spinning]
+        for key in ("session.intra_op.allow_spinning", "session.x64quantprecision"):
+            assert session.get_session_config_entry(key) == engine.options[key]
 
 
 def test_an_unknown_element_type_is_named(tmp_path: Path) -> None:

@@ -272,6 +272,47 @@ def test_relu6_disappears_into_its_convolution(tmp_path: Path) -> None:
     assert not counts.keys() & {"Clip", "Conv", "FusedConv"}
 
 
+class Twice(nn.Module):
+    """One convolution, used again on its own output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8 * 64, 4)
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        features_NCHW = self.body(self.stem(images_NCHW).relu()).relu()
+        logits: Tensor = self.head(self.body(features_NCHW).relu().flatten(1))
+        return logits
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_layer_that_is_used_twice(scheme: SchemeName, tmp_path: Path) -> None:
+    """Its weights and biases have a scale for each input, and names of their own; any CPU opens the file."""
+    torch.manual_seed(0)
+    images_NCHW = torch.randn(8, 3, 8, 8)
+    graph = converted_from(folded_from(Twice().eval(), images_NCHW), scheme, images_NCHW)
+    model = write(graph, images_NCHW[:2], tmp_path / "twice.onnx", scheme)
+    assert lint(model, scheme) == ()
+    with OnnxRuntimeEngine(tmp_path / "twice.onnx", threads=1) as engine:
+        logits_NC = engine.run({"input": images_NCHW.numpy()})["logits"]
+    np.testing.assert_allclose(logits_NC, graph(images_NCHW).detach().numpy(), atol=0.02)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_sums_that_overflow_16_bits_are_exact(scheme: SchemeName, tmp_path: Path) -> None:
+    """The largest image on the largest weights: what CPUs without VNNI get wrong by default."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 4)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0 if parameter.dim() > 1 else 0.0)
+    images_NCHW = torch.ones(2, 3, 3, 3)
+    graph = converted_from(folded_from(model, images_NCHW), scheme, images_NCHW)
+    write(graph, images_NCHW, tmp_path / "largest.onnx", scheme)
+    with OnnxRuntimeEngine(tmp_path / "largest.onnx", threads=1) as engine:
+        logits_NC = engine.run({"input": images_NCHW.numpy()})["logits"]
+    np.testing.assert_allclose(logits_NC, np.full((2, 4), 8 * 27.0), rtol=0.01)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
 def test_torchvision_models_keep_the_rules_of_both_targets(name: str, tmp_path: Path) -> None:
     """Every convolution has INT8 weights but those of squeeze-excite in TensorRT, and nothing is left over."""
