@@ -33,7 +33,8 @@ def check_parity(
     def compute(store: Store, work: Path) -> Parity:
         images = the_images(spec)
         gate = images.split("gate")
-        simulation = prepare_simulation(spec, data, float_model(model, work)).simulation
+        kept_float = frozenset(quantized.kept_float)
+        simulation = prepare_simulation(spec, data, float_model(model, work), kept_float).simulation
         simulation.load(store.fetch(quantized.state, work))
         progress, answers = Progress("simulating the gate images"), []
         with simulation.mode(Mode.SIMULATE) as graph, torch.inference_mode():

@@ -28,7 +28,7 @@ def export_model(spec: RunSpec, data: DataRecord, model: ModelRecord, quantized:
 
     def compute(store: Store, work: Path) -> ExportRecord:
         example_NCHW = torch.zeros(2, data.channels, data.height, data.width)
-        prepared = prepare_simulation(spec, data, float_model(model, work))
+        prepared = prepare_simulation(spec, data, float_model(model, work), frozenset(quantized.kept_float))
         float_path, int8_path = work / "float.onnx", work / "int8.onnx"
         export_onnx(prepared.folded, example_NCHW, float_path, integer_bias=False)
         prepared.simulation.load(store.fetch(quantized.state, work))
@@ -47,7 +47,7 @@ def export_model(spec: RunSpec, data: DataRecord, model: ModelRecord, quantized:
         "model": model.model_dump(mode="json"),
         "state": quantized.state.sha256,
         "scheme": scheme.name,
-        "keep_float": list(spec.quant.keep_float),
+        "keep_float": list(quantized.kept_float),
         "input": [data.channels, data.height, data.width],
     }
     return remember("export_model", __name__, inputs, ExportRecord, compute)

@@ -19,6 +19,7 @@ from tasks.load_model import float_model
 from tasks.quant.calibrate import calibrate, correct_biases, search_ranges
 from tasks.quant.capture import capture, fold_batch_norm, fold_error
 from tasks.quant.fake_quantize import Mode
+from tasks.quant.keep_float import layers_better_float
 from tasks.quant.schemes import SCHEMES, layers_kept_float
 from tasks.quant.simulate import Simulation, fit_biases, predictions, simulate
 from tasks.quant.train import train
@@ -50,10 +51,10 @@ def quantize_model(spec: RunSpec, data: DataRecord, model: ModelRecord) -> Quant
     def compute(store: Store, work: Path) -> QuantizedRecord:
         images = the_images(spec)
         network = float_model(model, work)
-        prepared = prepare_simulation(spec, data, network)
-        simulation, calibration = prepared.simulation, images.split("calibration")
+        prepared, calibration = prepare_simulation(spec, data, network), images.split("calibration")
         proof = fold_error(network, prepared.folded, inputs_of(calibration, _FOLD_IMAGES, limit=_FOLD_IMAGES))
-        calibrate_for(simulation, calibration, spec)
+        prepared = calibrated(prepared, calibration, spec)
+        simulation = prepared.simulation
         epochs: tuple[Epoch, ...] = ()
         if spec.quant.method == "qat":
             training.mkdir(parents=True, exist_ok=True)
@@ -97,24 +98,44 @@ class Prepared:
     kept_float: frozenset[str]
 
 
-def prepare_simulation(spec: RunSpec, data: DataRecord, network: torch.nn.Module) -> Prepared:
-    """Capture and fold `network`, and place fake quantizers by the target's scheme."""
+def prepare_simulation(
+    spec: RunSpec, data: DataRecord, network: torch.nn.Module, kept_float: frozenset[str] | None = None
+) -> Prepared:
+    """Capture and fold `network`, and place fake quantizers by the target's scheme.
+
+    Args:
+        kept_float: the layers that stay float; those that the spec names when not given.
+    """
     folded = capture(network, torch.zeros(2, data.channels, data.height, data.width))
     fold_batch_norm(folded)
-    kept_float = layers_kept_float(folded, spec.quant.keep_float)
+    if kept_float is None:
+        kept_float = layers_kept_float(folded, spec.quant.keep_float)
     return Prepared(folded, simulate(folded, SCHEMES[spec.target.scheme_name], kept_float), kept_float)
 
 
-def calibrate_for(simulation: Simulation, calibration: ImageSet, spec: RunSpec) -> None:
-    """Ranges, their search and bias correction, as the spec says."""
-    calibrate(
-        simulation, lambda: inputs_of(calibration, spec.evaluation.batch_size), spec.quant, Progress("calibrating")
-    )
-    pixels = calibration.pixels_NHWC[0, ..., 0].size
+def calibrated(prepared: Prepared, calibration: ImageSet, spec: RunSpec) -> Prepared:
+    """Ranges, layers that are better left float, range search and bias correction, as the spec says."""
+
+    def batches() -> Iterator[Tensor]:
+        return inputs_of(calibration, spec.evaluation.batch_size)
+
+    few_NCHW = _together(calibration, _SEARCH_IMAGES)
+    calibrate(prepared.simulation, batches, spec.quant, Progress("calibrating"))
+    if spec.quant.float_budget:
+        kept_float = layers_better_float(
+            prepared.folded, prepared.simulation, few_NCHW, prepared.kept_float, spec.quant.float_budget
+        )
+        if kept_float != prepared.kept_float:
+            simulation = simulate(prepared.folded, prepared.simulation.scheme, kept_float)
+            prepared = Prepared(prepared.folded, simulation, kept_float)
+            calibrate(simulation, batches, spec.quant, Progress("calibrating again, with layers float"))
+    simulation = prepared.simulation
     if spec.quant.search:
-        search_ranges(simulation, _together(calibration, _SEARCH_IMAGES), Progress("searching ranges"))
+        search_ranges(simulation, few_NCHW, Progress("searching ranges"))
     if spec.quant.bias_correction:
+        pixels = calibration.pixels_NHWC[0, ..., 0].size
         correct_biases(simulation, _together(calibration, min(_BIAS_IMAGES, max(1, _BIAS_PIXELS // pixels))))
+    return prepared
 
 
 def inputs_of(images: ImageSet, batch_size: int, *, limit: int | None = None) -> Iterator[Tensor]:

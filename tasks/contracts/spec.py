@@ -122,6 +122,12 @@ class QuantSpec(Section):
     search: bool = Field(True, description="Search the ranges of the few tensors that cost most, by the logits' error.")
     bias_correction: bool = Field(True, description="Move each layer's bias by the mean error that rounding adds.")
     keep_float: tuple[str, ...] = Field((), description="Globs of layer names that stay float, such as features.0.*.")
+    float_budget: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="Share of multiply-accumulates that may stay float besides, in layers that cost most accuracy.",
+    )
     qat: QatSpec = QatSpec()
 
 

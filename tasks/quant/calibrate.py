@@ -84,13 +84,9 @@ def search_ranges(simulation: Simulation, images_NCHW: Tensor, progress: Progres
     Args:
         images_NCHW: calibration images; the first few rank the tensors, all of them judge each range.
     """
-    ranking_NCHW = images_NCHW[:_RANKING_IMAGES]
     with simulation.mode(Mode.PASS) as exact:
         logits = exact(images_NCHW)
-        alone = [_alone_error(simulation, quantizer, ranking_NCHW, logits) for quantizer in simulation.activations()]
-    total = sum(alone)
-    ranked = sorted(zip(alone, simulation.activations(), strict=True), key=lambda pair: -pair[0])
-    costly = [quantizer for error, quantizer in ranked if error > total * _COSTLY]
+    costly = costly_tensors(simulation, images_NCHW)
     with simulation.mode(Mode.SIMULATE) as simulated:
         for number, quantizer in enumerate(costly):
             _search_range(quantizer, lambda: float((simulated(images_NCHW) - logits).square().mean()))
@@ -99,9 +95,21 @@ def search_ranges(simulation: Simulation, images_NCHW: Tensor, progress: Progres
     return len(costly)
 
 
+@torch.no_grad()
+def costly_tensors(simulation: Simulation, images_NCHW: Tensor) -> list[FakeQuantizer]:
+    """Activations that alone make more than a tenth of all activations' errors in the logits, costliest first."""
+    ranking_NCHW = images_NCHW[:_RANKING_IMAGES]
+    with simulation.mode(Mode.PASS) as exact:
+        logits = exact(ranking_NCHW)
+        alone = [_alone_error(simulation, quantizer, ranking_NCHW, logits) for quantizer in simulation.activations()]
+    total = sum(alone)
+    ranked = sorted(zip(alone, simulation.activations(), strict=True), key=lambda pair: -pair[0])
+    return [quantizer for error, quantizer in ranked if error > total * _COSTLY]
+
+
 def _alone_error(simulation: Simulation, quantizer: FakeQuantizer, images_NCHW: Tensor, logits: Tensor) -> float:
     quantizer.mode = Mode.SIMULATE
-    error = float((simulation.graph(images_NCHW) - logits[: len(images_NCHW)]).square().mean())
+    error = float((simulation.graph(images_NCHW) - logits).square().mean())
     quantizer.mode = Mode.PASS
     return error
 
