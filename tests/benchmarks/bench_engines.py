@@ -1,6 +1,6 @@
 """INT8 against float in ONNX Runtime, one image, one thread.
 
-    python tests/benchmarks/bench_engines.py [MODEL ...] [--rounds 50]
+    python tests/benchmarks/bench_engines.py [MODEL ...] [--rounds 50] [--keep-float GLOB ...]
 
 torchvision models with random weights from a fixed seed; batch norm has settled on random images, so that values are of
 a usual size. Both engines take turns: a busy machine disturbs both alike. A row gives medians in milliseconds, the
@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -30,8 +30,8 @@ from tasks.engines.onnxruntime import OnnxRuntimeEngine
 from tasks.graph.export import INPUT, export_onnx
 from tasks.quant.calibrate import calibrate
 from tasks.quant.capture import capture, fold_batch_norm
-from tasks.quant.schemes import SCHEMES
-from tasks.quant.simulate import convert, simulate
+from tasks.quant.schemes import SCHEMES, layers_kept_float
+from tasks.quant.simulate import convert, fit_biases, simulate
 from tasks.scoring.latency import measure_latency
 from tasks.stores.steps import library_versions
 
@@ -57,13 +57,14 @@ def settled(name: str) -> nn.Module:
     return model.eval()
 
 
-def export_both(name: str, float_path: Path, int8_path: Path) -> None:
+def export_both(name: str, float_path: Path, int8_path: Path, globs: Sequence[str] = ()) -> None:
     torch.manual_seed(0)
     model, example_NCHW = settled(name), torch.zeros(2, 3, SIDE, SIDE)
     folded = capture(model, example_NCHW)
     fold_batch_norm(folded)
-    simulation = simulate(folded, SCHEME, frozenset())
+    simulation = simulate(folded, SCHEME, layers_kept_float(folded, globs))
     calibrate(simulation, lambda: images(CALIBRATION // 8), QuantSpec(ranges="minmax"))
+    fit_biases(simulation)
     export_onnx(folded, example_NCHW, float_path, integer_bias=False)
     export_onnx(convert(simulation), example_NCHW, int8_path, integer_bias=SCHEME.integer_bias)
 
@@ -80,6 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=MODELS, metavar="MODEL")
     parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--keep-float", nargs="*", default=[], metavar="GLOB", help="layers that stay float")
     arguments = parser.parse_args()
     versions = library_versions("torch", "torchvision", "torchao", "onnxruntime")
     print(f"    python {' '.join(sys.argv)}\n")
@@ -90,7 +92,7 @@ def main() -> None:
     for name in arguments.models:
         with tempfile.TemporaryDirectory() as folder:
             paths = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
-            export_both(name, *paths)
+            export_both(name, *paths, arguments.keep_float)
             latency = measure(*paths, arguments.rounds)
             float_bytes, int8_bytes = (path.stat().st_size for path in paths)
         low, high = latency.speedup_quartiles
