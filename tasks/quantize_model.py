@@ -128,7 +128,7 @@ def calibrated(prepared: Prepared, calibration: ImageSet, spec: RunSpec) -> Prep
         if kept_float != prepared.kept_float:
             simulation = simulate(prepared.folded, prepared.simulation.scheme, kept_float)
             prepared = Prepared(prepared.folded, simulation, kept_float)
-            calibrate(simulation, batches, spec.quant, Progress("calibrating again, with layers float"))
+            calibrate(simulation, batches, spec.quant, Progress("calibrating with layers float"))
     simulation = prepared.simulation
     if spec.quant.search:
         search_ranges(simulation, few_NCHW, Progress("searching ranges"))

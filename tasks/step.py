@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -148,7 +149,7 @@ class Progress:
         self._last = now
         share = 100.0 * done / total
         if self._artifact is None:
-            key = self._title.lower().replace(" ", "-")
+            key = re.sub(r"[^a-z0-9]+", "-", self._title.lower())  # Prefect allows nothing else
             self._artifact = cast(UUID, create_progress_artifact(share, key=key, description=self._title))
         else:
             update_progress_artifact(self._artifact, share)
