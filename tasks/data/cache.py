@@ -11,13 +11,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import islice
+from functools import cached_property, partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,13 +24,13 @@ from PIL import Image
 
 from tasks.contracts.errors import DataError, StoreError
 from tasks.contracts.spec import PreprocessSpec
+from tasks.data.parallel import in_parallel
 from tasks.data.preprocess import fit_image, num_channels, to_channels
 from tasks.data.sources import Source, some
 
 Progress = Callable[[int, int], None]
 
 DIGEST = np.dtype("S64")
-CHUNK = 16  # images per job: enough to hide the pool's own cost, few enough to keep memory flat
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +72,7 @@ def decode_images(
     if not final.is_dir():
         with disk_errors(final.parent):
             final.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(final.with_suffix(".lock")):
+            with locked(final.with_suffix(".lock")):
                 if not final.is_dir():  # another process may have built it while this one waited
                     _build(final, source, preprocess, progress)
     pixels_NHWC, digests = _opened(final)
@@ -103,19 +100,19 @@ def pixels_digest(image: Image.Image) -> bytes:
 
 
 def _build(final: Path, source: Source, preprocess: PreprocessSpec, progress: Progress | None) -> None:
-    partial = final.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed: who builds holds the lock
-    partial.mkdir()
+    unfinished = final.with_suffix(".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed: who builds holds the lock
+    unfinished.mkdir()
     try:
-        with (partial / "pixels.npy").open("wb") as file:
+        with (unfinished / "pixels.npy").open("wb") as file:
             digests = _write_pixels(file, source, preprocess, progress)
             _flush(file)
-        with (partial / "digests.npy").open("wb") as file:
+        with (unfinished / "digests.npy").open("wb") as file:
             np.save(file, np.array(digests, DIGEST))
             _flush(file)
-        partial.replace(final)
+        unfinished.replace(final)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -130,7 +127,7 @@ def _write_pixels(file: BinaryIO, source: Source, preprocess: PreprocessSpec, pr
     digests: list[bytes] = []
     faults: list[DataError] = []
     first: _Decoded | None = None
-    with closing(_decoded(source, preprocess)) as images:
+    with closing(in_parallel(partial(_decode, source, preprocess), range(len(source)))) as images:
         for row, image in enumerate(images):
             if isinstance(image, DataError):
                 faults.append(image)
@@ -152,25 +149,6 @@ def _write_pixels(file: BinaryIO, source: Source, preprocess: PreprocessSpec, pr
             remedy=faults[0].remedy,
         )
     return digests
-
-
-def _decoded(source: Source, preprocess: PreprocessSpec) -> Generator[_Decoded | DataError]:
-    """All images in order, decoded by one thread per core: Pillow and hashlib work outside the interpreter's lock."""
-    num_workers = os.cpu_count() or 1
-    pool = ThreadPoolExecutor(num_workers)
-    chunks = (range(start, min(start + CHUNK, len(source))) for start in range(0, len(source), CHUNK))
-    jobs = (pool.submit(_decode_chunk, source, preprocess, rows) for rows in chunks)  # one per next()
-    try:
-        pending = deque(islice(jobs, 2 * num_workers))
-        while pending:
-            yield from pending.popleft().result()
-            pending.extend(islice(jobs, 1))
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _decode_chunk(source: Source, preprocess: PreprocessSpec, rows: Iterable[int]) -> list[_Decoded | DataError]:
-    return [_decode(source, preprocess, row) for row in rows]
 
 
 def _decode(source: Source, preprocess: PreprocessSpec, row: int) -> _Decoded | DataError:
@@ -208,7 +186,7 @@ def _flush(file: BinaryIO) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Wait for other processes and threads that hold `path`. The system frees the lock of a process that dies."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import struct
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from pyarrow import csv
 
 from tasks.contracts.errors import DataError, SpecError
@@ -27,6 +30,7 @@ SHOWN = 5  # offenders that a message names; it counts the rest
 
 _UNREADABLE = (
     OSError,  # missing, truncated, or no image at all
+    RuntimeError,  # a symbolic link to itself, before Python 3.13
     SyntaxError,  # Pillow's word for a broken PNG
     ValueError,
     TypeError,
@@ -39,6 +43,21 @@ _UNREADABLE = (
 )
 _GREY = frozenset({"1", "L", "LA", "La"})
 _DEEP = frozenset({"I", "F"})  # and I;16 in its byte orders
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """A decoded image and what its file says of itself."""
+
+    image: Image.Image  # RGB or L, upright
+    num_bytes: int
+    sha256: str  # of the file
+    format: str
+    mode: str  # as stored
+    width: int  # as stored
+    height: int
+    orientation: int  # as EXIF counts: 1 is upright
+    num_frames: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +81,23 @@ class Source(ABC):
         """
 
     @abstractmethod
+    def inspect(self, row: int) -> Inspected:
+        """The same image with all that its file tells.
+
+        Raises:
+            DataError: if it cannot be decoded, or lies outside the source.
+        """
+
+    @abstractmethod
+    def states(self) -> np.ndarray:
+        """Of each image two numbers that change when it may have changed, int64 [N, 2]; -1 for one that is missing."""
+
+    @property
+    @abstractmethod
+    def home(self) -> str:
+        """What names and states are valid in: facts of an image may be kept under these three."""
+
+    @abstractmethod
     def fingerprint(self) -> str:
         """SHA-256 that changes when an image, a label or a class may have changed. No image is decoded."""
 
@@ -81,14 +117,56 @@ class FileSource(Source):
 
     def load(self, row: int) -> Image.Image:
         path = self.root / self.names[row]
+        with self._faults(row), Image.open(path, formats=FORMATS) as image:
+            return _upright(image)
+
+    def inspect(self, row: int) -> Inspected:
+        path = self.root / self.names[row]
+        with self._faults(row):
+            if not path.resolve().is_relative_to(self._real_root):
+                raise ValueError(f"leads out of {self.root}")
+            content = path.read_bytes()
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                facts = {
+                    "format": str(image.format),
+                    "mode": image.mode,
+                    "width": image.width,
+                    "height": image.height,
+                    "orientation": int(image.getexif().get(ExifTags.Base.Orientation, 1)),
+                    "num_frames": int(getattr(image, "n_frames", 1)),
+                }
+                upright = _upright(image)
+            return Inspected(
+                image=upright,
+                num_bytes=len(content),
+                sha256=hashlib.sha256(content).hexdigest(),
+                **facts,  # type: ignore[arg-type]
+            )
+
+    @cached_property
+    def _real_root(self) -> Path:
+        return self.root.resolve()
+
+    @contextmanager
+    def _faults(self, row: int) -> Iterator[None]:
+        """Whatever is wrong with a file becomes a DataError that names it."""
         try:
-            with Image.open(path, formats=FORMATS) as image:
-                _refuse_bomb(image)
-                image.load()
-                ImageOps.exif_transpose(image, in_place=True)
-                return _eight_bit(image)
+            yield
         except _UNREADABLE as error:
-            raise _unreadable(self.names[row], _reason(error, path)) from error
+            raise _unreadable(self.names[row], _reason(error, self.root / self.names[row])) from error
+
+    def states(self) -> np.ndarray:
+        """Size and time of change."""
+        found = np.full((len(self), 2), -1, np.int64)
+        for row, name in enumerate(self.names):
+            with suppress(OSError):
+                state = (self.root / name).stat()
+                found[row] = state.st_size, state.st_mtime_ns
+        return found
+
+    @property
+    def home(self) -> str:
+        return str(self._real_root)
 
     def fingerprint(self) -> str:
         """Trusts size and time of change, as make and rsync do, below one folder."""
@@ -111,6 +189,27 @@ class ArraySource(Source):
 
     def load(self, row: int) -> Image.Image:
         return Image.fromarray(self.pixels[row])
+
+    def inspect(self, row: int) -> Inspected:
+        image, content = self.load(row), self.pixels[row].tobytes()
+        return Inspected(
+            image=image,
+            num_bytes=len(content),
+            sha256=hashlib.sha256(content).hexdigest(),
+            format="array",
+            mode=image.mode,
+            width=image.width,
+            height=image.height,
+            orientation=1,
+            num_frames=1,
+        )
+
+    def states(self) -> np.ndarray:
+        return np.zeros((len(self), 2), np.int64)  # `home` says it all
+
+    @property
+    def home(self) -> str:
+        return self.fingerprint()
 
     def fingerprint(self) -> str:
         return self._digest([str(self.pixels.shape).encode(), self.pixels.tobytes()])
@@ -317,6 +416,14 @@ def _torchvision(source: str, root: Path | None, *, train: bool) -> ArraySource:
 
 def _indices(count: int) -> list[str]:
     return [str(index) for index in range(count)]
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Decoded to the last byte, turned as EXIF says, and RGB or L."""
+    _refuse_bomb(image)
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    return _eight_bit(image)
 
 
 def _refuse_bomb(image: Image.Image) -> None:

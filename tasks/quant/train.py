@@ -100,7 +100,7 @@ class Trainer:
         self._views = [Views.make(number, len(images), spec) for number in range(num_views)]
         self._answers_VNC = answers(teacher, images, self._feed, spec, folder / "train.npy", num_views=num_views)
         path = folder / "selection.npy"
-        self._selection_answers_VNC = answers(teacher, selection, self._feed, spec, path, num_views=1)
+        self._selection_answers_VNC = answers(teacher, selection, self._feed, spec, path, num_views=num_views)
         named = list(self._graph.named_parameters())
         self._scales: list[Tensor] = [parameter for name, parameter in named if name.endswith("log_scale")]
         self._weights: list[Tensor] = [parameter for name, parameter in named if not name.endswith("log_scale")]

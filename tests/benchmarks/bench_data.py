@@ -24,8 +24,9 @@ import numpy as np
 import pandas as pd
 
 from tasks.contracts.spec import PreprocessSpec
-from tasks.data.cache import CHUNK, decode_images
+from tasks.data.cache import decode_images
 from tasks.data.images import ImageSet
+from tasks.data.parallel import CHUNK
 from tasks.data.preprocess import fit_image
 from tasks.data.sources import Source, open_source
 

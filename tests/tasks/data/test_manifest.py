@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from tasks.contracts.errors import StoreError
+from tasks.data import manifest
+from tasks.data.cache import pixels_digest
+from tasks.data.manifest import SCHEMA, build_manifest
+from tasks.data.sources import FileSource, Inspected, open_source
+
+
+@pytest.fixture
+def inspected(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that were decoded."""
+    names: list[str] = []
+    original = FileSource.inspect
+
+    def counting(self: FileSource, row: int) -> Inspected:
+        names.append(self.names[row])
+        return original(self, row)
+
+    monkeypatch.setattr(FileSource, "inspect", counting)
+    return names
+
+
+def test_a_row_tells_all_of_an_image(write_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """File, header, pixels and properties, in the order of the source."""
+    folder = write_folder({"cat": 3, "dog": 2})
+    source = open_source(str(folder))
+    frame = build_manifest(source, tmp_path / "scratch")
+    assert [*frame.columns] == [*SCHEMA.names, "label"]
+    assert frame["path"].tolist() == list(source.names)
+    assert frame["label"].tolist() == ["cat"] * 3 + ["dog"] * 2
+    assert frame["fault"].isna().all()
+    first, content = frame.iloc[0], (folder / source.names[0]).read_bytes()
+    assert (first["bytes"], first["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+    assert first["pixels"] == pixels_digest(source.load(0)).decode()
+    assert (first["format"], first["mode"], first["width"], first["height"]) == ("PNG", "RGB", 48, 40)
+    assert (first["orientation"], first["num_frames"]) == (1, 1)
+
+
+def test_only_what_changed_is_decoded_again(
+    write_folder: Callable[..., Path], tmp_path: Path, inspected: list[str]
+) -> None:
+    """A changed file, a new one; a removed one is gone from the rows."""
+    folder, scratch = write_folder({"cat": 3, "dog": 2}), tmp_path / "scratch"
+    before = build_manifest(open_source(str(folder)), scratch)
+    assert len(inspected) == 5
+    inspected.clear()
+    pd.testing.assert_frame_equal(build_manifest(open_source(str(folder)), scratch), before)
+    assert inspected == []
+    Image.new("RGB", (9, 9)).save(folder / "cat/001.png")
+    Image.new("RGB", (8, 8)).save(folder / "dog/new.png")
+    (folder / "dog/000.png").unlink()
+    after = build_manifest(open_source(str(folder)), scratch)
+    assert sorted(inspected) == ["cat/001.png", "dog/new.png"]
+    assert after["path"].tolist() == ["cat/000.png", "cat/001.png", "cat/002.png", "dog/001.png", "dog/new.png"]
+    assert after["width"].tolist() == [48, 9, 48, 48, 8]
+
+
+def test_a_killed_run_is_gone_on_with(
+    write_folder: Callable[..., Path], tmp_path: Path, inspected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole parts are kept; nothing is left of them in the end."""
+    monkeypatch.setattr(manifest, "PART", 4)
+    folder, scratch = write_folder({"cat": 50, "dog": 50}), tmp_path / "scratch"
+    source = open_source(str(folder))
+
+    def kill(done: int, total: int) -> None:
+        assert total == 100
+        if done == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_manifest(source, scratch, kill)
+    inspected.clear()
+    frame = build_manifest(source, scratch)
+    assert len(frame) == 100
+    assert set(inspected) == set(source.names[8:])
+    assert len(list(scratch.rglob("*.parquet"))) == 1
+
+
+def test_faults_are_rows_and_no_errors(write_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """Each says why; all other columns are empty then."""
+    folder = write_folder({"cat": 2, "dog": 2})
+    (folder / "cat/empty.jpg").touch()
+    (folder / "cat/page.jpg").write_text("<html>not found</html>")
+    png = (folder / "cat/000.png").read_bytes()
+    (folder / "cat/cut.png").write_bytes(png[: len(png) // 2])
+    Image.new("I;16", (9, 9)).save(folder / "cat/deep.png")
+    (tmp_path / "elsewhere.png").write_bytes(png)
+    (folder / "cat/link.png").symlink_to(tmp_path / "elsewhere.png")
+    (folder / "cat/loop.png").symlink_to(folder / "cat/loop.png")
+    (folder / os.fsdecode(b"cat/caf\xe9.png")).write_bytes(png)
+    (folder / "cat/two\nlines and spaces.png").write_bytes(png)
+    frame = build_manifest(open_source(str(folder)), tmp_path / "scratch").set_index("path")
+    faults = dict(frame["fault"].dropna())
+    assert sorted(faults) == [
+        "cat/caf\\xe9.png",
+        "cat/cut.png",
+        "cat/deep.png",
+        "cat/empty.jpg",
+        "cat/link.png",
+        "cat/loop.png",
+        "cat/page.jpg",
+    ]
+    assert faults["cat/caf\\xe9.png"] == "the name is not UTF-8"
+    assert faults["cat/empty.jpg"] == "is empty"
+    assert faults["cat/link.png"] == f"leads out of {folder}"
+    assert "more than 8 bits" in faults["cat/deep.png"]
+    assert "image" in faults["cat/page.jpg"]
+    assert frame.loc["cat/cut.png", ["bytes", "pixels", "width"]].isna().all()
+    assert frame["pixels"]["cat/two\nlines and spaces.png"] == frame["pixels"]["cat/000.png"]
+
+
+def test_what_a_file_says_is_kept(write_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """CMYK, palette, alpha, a turned photo, an animation: decoded, and named."""
+    folder = write_folder({"cat": 1, "dog": 1})
+    Image.new("CMYK", (20, 10)).save(folder / "cat/cmyk.jpg")
+    Image.new("P", (20, 10)).save(folder / "cat/palette.png")
+    Image.new("RGBA", (20, 10)).save(folder / "cat/alpha.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (20, 10)).save(folder / "cat/turned.jpg", exif=exif)
+    frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "blue", "green")]
+    frames[0].save(folder / "cat/moving.webp", save_all=True, append_images=frames[1:])
+    frame = build_manifest(open_source(str(folder)), tmp_path / "scratch").set_index("path")
+    assert frame["fault"].isna().all()
+    assert frame.loc["cat/cmyk.jpg", "mode"] == "CMYK"
+    assert frame.loc["cat/palette.png", "mode"] == "P"
+    assert frame.loc["cat/alpha.png", "mode"] == "RGBA"
+    turned = frame.loc["cat/turned.jpg"]
+    assert (turned["orientation"], turned["width"], turned["height"]) == (6, 20, 10)
+    assert frame.loc["cat/moving.webp", "num_frames"] == 3
+
+
+def test_images_in_memory_have_a_manifest_too(tmp_path: Path) -> None:
+    """scikit-learn's digits, once."""
+    source, told = open_source("digits"), list[int]()
+    frame = build_manifest(source, tmp_path, lambda done, _: told.append(done))
+    assert len(frame) == 1797 == told[-1]
+    assert frame["mode"].unique().tolist() == ["L"]
+    assert len(frame["pixels"].unique()) > 1700
+    pd.testing.assert_frame_equal(build_manifest(source, tmp_path, lambda *_: pytest.fail("decoded again")), frame)
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
+    """No traceback of the system's."""
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="cannot be written"):
+        build_manifest(open_source("digits"), tmp_path / "file")
