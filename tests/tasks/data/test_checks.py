@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image, ImageFilter
+from sklearn.datasets import load_sample_images
+
+from tasks.contracts.errors import DataError
+from tasks.data.checks import IMAGE_RULES, SHOWN, Finding, Rule, check_images
+from tasks.data.manifest import build_manifest
+from tasks.data.sources import open_source
+
+PHOTOS = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+Plant = Callable[[Path], object]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two classes of sixty different parts of two real photographs."""
+    random = np.random.default_rng(0)
+    for label, photo in enumerate(PHOTOS):
+        folder = tmp_path / "photos" / str(label)
+        folder.mkdir(parents=True)
+        for number in range(60):
+            side = int(random.integers(180, 320))
+            left, top = (int(random.integers(0, length - side)) for length in photo.size)
+            photo.crop((left, top, left + side, top + side)).save(folder / f"{number:03}.png")
+    return tmp_path / "photos"
+
+
+def findings(folder: Path, scratch: Path) -> dict[str, Finding]:
+    frame = build_manifest(open_source(str(folder)), scratch)
+    return {finding.rule.column: finding for finding in check_images(frame)}
+
+
+def noise() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(1).integers(0, 256, (100, 100, 3), np.uint8))
+
+
+def halves() -> Image.Image:
+    """Black above, white below."""
+    return Image.fromarray(np.repeat(np.array([0, 255], np.uint8), 60)[:, None].repeat(120, axis=1))
+
+
+def turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    return exif
+
+
+DEFECTS: dict[str, Plant] = {
+    "usable": lambda folder: (folder / "0/planted.png").write_bytes(b"<html>"),
+    "correlation": lambda folder: noise().save(folder / "0/planted.jpg"),
+    "contrast": lambda folder: Image.new("RGB", (50, 50), "grey").save(folder / "0/planted.png"),
+    "short_side": lambda folder: PHOTOS[0].resize((30, 6)).save(folder / "0/planted.png"),
+    "aspect": lambda folder: PHOTOS[0].crop((0, 100, 600, 160)).save(folder / "0/planted.png"),
+    "ordinary": lambda folder: PHOTOS[0].convert("CMYK").save(folder / "0/planted.jpg"),
+    "single": lambda folder: PHOTOS[0].save(folder / "0/planted.webp", save_all=True, append_images=[PHOTOS[1]]),
+    "upright": lambda folder: PHOTOS[0].save(folder / "0/planted.jpg", exif=turned()),
+    "unique": lambda folder: (folder / "0/planted.png").write_bytes((folder / "0/007.png").read_bytes()),
+    "distinct": lambda folder: Image.open(folder / "0/007.png").save(folder / "0/planted.jpg", quality=60),
+    "brightness": lambda folder: PHOTOS[0].point(lambda value: value // 16).save(folder / "0/planted.png"),
+    "entropy": lambda folder: halves().save(folder / "0/planted.png"),
+    "sharpness": lambda folder: PHOTOS[0].filter(ImageFilter.GaussianBlur(60)).save(folder / "0/planted.png"),
+}
+
+
+def test_every_rule_has_a_defect() -> None:
+    assert [rule.column for rule in IMAGE_RULES] == list(DEFECTS)
+
+
+def test_clean_images_pass(photos: Path, tmp_path: Path) -> None:
+    """Every rule, though parts of one photograph resemble each other."""
+    found = findings(photos, tmp_path / "scratch")
+    assert {name for name, finding in found.items() if not finding.passed} <= {"distinct"}
+    assert found["usable"].observed == "100.00 % of 120"
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_planted_defect_is_named(defect: str, photos: Path, tmp_path: Path) -> None:
+    """One bad file: found by its rule; whether that fails depends on the share that the rule allows."""
+    before = findings(photos, tmp_path / "scratch")[defect].offenders
+    DEFECTS[defect](photos)
+    finding = findings(photos, tmp_path / "scratch")[defect]
+    (planted,) = (path.relative_to(photos).as_posix() for path in photos.glob("0/planted.*"))
+    new = set(finding.offenders) - set(before)
+    assert new == {planted}
+    assert finding.passed == (finding.num_offenders <= (1 - finding.rule.share) * 121)
+    assert finding.num_offenders == len(finding.offenders) <= SHOWN
+
+
+def test_a_critical_rule_lets_nothing_pass(photos: Path, tmp_path: Path) -> None:
+    """Noise among a hundred and twenty photographs is refused."""
+    DEFECTS["correlation"](photos)
+    finding = findings(photos, tmp_path / "scratch")["correlation"]
+    assert not finding.passed
+    assert finding.rule.severity == "critical"
+
+
+def test_offenders_are_counted_beyond_those_named(photos: Path, tmp_path: Path) -> None:
+    """A report is not flooded."""
+    for number in range(SHOWN + 5):
+        (photos / f"1/bad{number:03}.png").touch()
+    finding = findings(photos, tmp_path / "scratch")["usable"]
+    assert finding.num_offenders == SHOWN + 5
+    assert len(finding.offenders) == SHOWN
+    assert finding.offenders[0] == "1/bad000.png"
+
+
+def test_nothing_to_check_is_an_error() -> None:
+    """An empty table would keep every rule."""
+    with pytest.raises(DataError, match="lists no images"):
+        check_images(pd.DataFrame())
+
+
+def test_images_that_all_fail_to_decode_are_findings(tmp_path: Path) -> None:
+    """And no crash, though there is nothing to measure."""
+    for name in ("a/1.png", "b/1.png"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).touch()
+    found = findings(tmp_path / "photos", tmp_path / "scratch")
+    assert found["usable"].num_offenders == 2
+    assert not found["usable"].passed
+
+
+def test_a_rule_on_a_column_that_is_not_there_is_our_error(photos: Path, tmp_path: Path) -> None:
+    """Great Expectations would only note an exception and go on."""
+    frame = build_manifest(open_source(str(photos)), tmp_path / "scratch")
+    rule = Rule("no_such_column", "is there", 0, 1, "critical", "Mend the rule.")
+    with pytest.raises(RuntimeError, match="no_such_column"):
+        check_images(frame, (rule,))
