@@ -61,7 +61,7 @@ def main() -> None:
             schedule.step()
             right += int((logits_NC.argmax(1) == labels_N).sum())
         print(f"epoch {epoch + 1}: {100 * right / (steps * BATCH_SIZE):.1f} % of the training images right", flush=True)
-    save_file(model.state_dict(), arguments.weights)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, arguments.weights)
 
 
 if __name__ == "__main__":
