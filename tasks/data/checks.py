@@ -6,6 +6,7 @@ manifest breaks the row count, and an expectation that raises is an error of our
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,12 +14,15 @@ import numpy as np
 import pandas as pd
 
 from tasks.contracts.errors import DataError
+from tasks.contracts.spec import PreprocessSpec
+from tasks.data.drift import psi, psi_by_chance
 from tasks.data.measure import THUMBNAIL
 from tasks.data.near import groups_of, near_pairs
 
 Severity = Literal["critical", "warning"]
 
 SHOWN = 20  # offending files that a finding names; it counts the rest
+_MUCH_DRIFT = 0.25
 _ORDINARY = frozenset({"RGB", "L"})
 
 
@@ -70,6 +74,31 @@ IMAGE_RULES = (
 )
 
 
+SPLIT_RULES = (
+    Rule("num_calibration", "enough calibration images", 128, None, "critical", "Raise data.calibration."),
+    Rule(
+        "missing_classes", "no class without a calibration image", None, 0, "critical", "Add images of these classes."
+    ),
+    Rule("imbalance", "the largest class over the smallest", None, 10, "warning", "Balance the calibration images."),
+    Rule("shared", "no image in two splits, by its pixels", None, 0, "critical", "Keep each image in one split."),
+    Rule("alike", "no image that resembles one of another split", None, 0, "warning", "Keep series in one split."),
+    Rule(
+        "offset",
+        "normalised channel means near zero",
+        None,
+        1.0,
+        "critical",
+        "Check data.preprocess.mean and std against what the model was trained with.",
+    ),
+    Rule("low_spread", "normalised deviations not far below one", 0.4, None, "critical", "As above: std is too large."),
+    Rule(
+        "high_spread", "normalised deviations not far above one", None, 2.0, "critical", "As above: std is too small."
+    ),
+    Rule("drift", "properties as in the gate split", None, 1.0, "warning", "Draw both from the same images."),
+)
+_DRIFTING = ("brightness", "entropy", "sharpness", "mean_r", "mean_g", "mean_b", "std_r", "std_g", "std_b")
+
+
 def check_images(frame: pd.DataFrame, rules: tuple[Rule, ...] = IMAGE_RULES) -> tuple[Finding, ...]:
     """Findings on each image of a manifest (see `tasks.data.manifest`), a rule each, in the order of `rules`.
 
@@ -90,11 +119,7 @@ def image_facts(frame: pd.DataFrame) -> pd.DataFrame:
     usable = frame["fault"].isna()
     good = frame[usable]
     sides = good[["width", "height"]]
-    pairs_P2 = near_pairs(
-        good["phash"].to_numpy(np.uint64),
-        np.frombuffer(b"".join(good["thumbnail"]), np.uint8).reshape(len(good), THUMBNAIL**2),
-    )
-    groups = pd.Series(groups_of(pairs_P2, len(good)), good.index)
+    groups = pd.Series(groups_of(_looks(good), len(good)), good.index)
     measured = pd.DataFrame(
         {
             "correlation": good["correlation"],
@@ -115,6 +140,83 @@ def image_facts(frame: pd.DataFrame) -> pd.DataFrame:
     facts.insert(0, "usable", usable.astype(float))
     facts.insert(0, "path", frame["path"])
     return facts
+
+
+def check_splits(
+    members: pd.DataFrame, preprocess: PreprocessSpec, rules: tuple[Rule, ...] = SPLIT_RULES
+) -> tuple[Finding, ...]:
+    """Findings on the splits as a whole, a rule each, in the order of `rules`.
+
+    Args:
+        members: a manifest's rows that decode, with a column `split`.
+        preprocess: what the model's inputs are made with.
+
+    Raises:
+        DataError: if a split that is judged has no image.
+    """
+    for name in ("calibration", "gate"):
+        if not (members["split"] == name).any():
+            raise DataError(f"The {name} split has no image.", remedy="Raise its size, or give more images.")
+    offenders = _shared(members)
+    facts = pd.DataFrame([split_facts(members, preprocess, offenders)])
+    results = _validate(facts, rules)
+    return tuple(
+        Finding(
+            rule=rule,
+            passed=bool(result["success"]),
+            observed=f"{float(facts[rule.column].iloc[0]):.3g}",
+            num_offenders=len(offenders.get(rule.column, ())),
+            offenders=tuple(offenders.get(rule.column, ())[:SHOWN]),
+        )
+        for rule, result in zip(rules, results, strict=True)
+    )
+
+
+def split_facts(
+    members: pd.DataFrame, preprocess: PreprocessSpec, offenders: Mapping[str, Sequence[str]]
+) -> dict[str, float]:
+    """The numbers that SPLIT_RULES judge.
+
+    `drift` is the worst property's PSI between calibration and gate, over 0.25 (which half a deviation of shift gives)
+    or over what chance alone gives in one of a hundred sets, if that is more.
+    """
+    calibration, gate = (members[members["split"] == name] for name in ("calibration", "gate"))
+    counts_K = calibration["label"].value_counts()
+    channels = "rgb"[: len(preprocess.mean)]
+    means_C = calibration[[f"mean_{channel}" for channel in channels]].mean().to_numpy() / 255
+    # Of all pixels of all images: the spread within images, and between them.
+    within_C = (calibration[[f"std_{channel}" for channel in channels]] ** 2).mean().to_numpy() / 255**2
+    between_C = calibration[[f"mean_{channel}" for channel in channels]].var(ddof=0).to_numpy() / 255**2
+    spread_C = np.sqrt(within_C + between_C) / np.array(preprocess.std)
+    chance = psi_by_chance(len(gate), len(calibration), chance=0.01 / len(_DRIFTING))
+    drift = max(psi(gate[name].to_numpy(), calibration[name].to_numpy()) for name in _DRIFTING)
+    return {
+        "num_calibration": len(calibration),
+        "missing_classes": int((counts_K == 0).sum()),
+        "imbalance": float(counts_K.max() / max(1, counts_K.min())),
+        "shared": len(offenders["shared"]),
+        "alike": len(offenders["alike"]),
+        "offset": float(np.abs((means_C - preprocess.mean) / np.array(preprocess.std)).max()),
+        "low_spread": float(spread_C.min()),
+        "high_spread": float(spread_C.max()),
+        "drift": drift / max(_MUCH_DRIFT, chance),
+    }
+
+
+def _shared(members: pd.DataFrame) -> dict[str, list[str]]:
+    """Paths of images that another split has too, by pixels, and of those that only look like one of another split."""
+    splits_of = members.groupby("pixels")["split"].transform("nunique")
+    shared = members["path"][splits_of > 1]
+    groups_N = groups_of(_looks(members), len(members))
+    mixed = members["split"].groupby(groups_N).transform("nunique")
+    alike = members["path"][(mixed > 1) & (splits_of == 1)]
+    return {"shared": shared.tolist(), "alike": alike.tolist()}
+
+
+def _looks(good: pd.DataFrame) -> np.ndarray:
+    """Pairs of images that look alike, by position."""
+    thumbnails_NB = np.frombuffer(b"".join(good["thumbnail"]), np.uint8).reshape(len(good), THUMBNAIL**2)
+    return near_pairs(good["phash"].to_numpy(np.uint64), thumbnails_NB)
 
 
 def _validate(facts: pd.DataFrame, rules: tuple[Rule, ...]) -> list[dict[str, Any]]:

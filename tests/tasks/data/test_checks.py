@@ -10,7 +10,8 @@ from PIL import Image, ImageFilter
 from sklearn.datasets import load_sample_images
 
 from tasks.contracts.errors import DataError
-from tasks.data.checks import IMAGE_RULES, SHOWN, Finding, Rule, check_images
+from tasks.contracts.spec import PreprocessSpec
+from tasks.data.checks import IMAGE_RULES, SHOWN, Finding, Rule, check_images, check_splits
 from tasks.data.manifest import build_manifest
 from tasks.data.sources import open_source
 
@@ -133,3 +134,83 @@ def test_a_rule_on_a_column_that_is_not_there_is_our_error(photos: Path, tmp_pat
     rule = Rule("no_such_column", "is there", 0, 1, "critical", "Mend the rule.")
     with pytest.raises(RuntimeError, match="no_such_column"):
         check_images(frame, (rule,))
+
+
+RECIPE = PreprocessSpec(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+
+@pytest.fixture
+def members(tmp_path: Path, write_folder: Callable[..., Path]) -> pd.DataFrame:
+    """Two classes, calibration and gate of 150 and 250 images each half."""
+    frame = build_manifest(open_source(str(write_folder({"cat": 200, "dog": 200}))), tmp_path / "scratch")
+    frame["split"] = np.where(np.arange(400) % 8 < 3, "calibration", "gate")
+    return frame
+
+
+def split_findings(members: pd.DataFrame, preprocess: PreprocessSpec = RECIPE) -> dict[str, Finding]:
+    return {finding.rule.column: finding for finding in check_splits(members, preprocess)}
+
+
+def failing(found: dict[str, Finding]) -> set[str]:
+    return {name for name, finding in found.items() if not finding.passed}
+
+
+def test_clean_splits_pass(members: pd.DataFrame) -> None:
+    """Drawn from the same images, none shared."""
+    found = split_findings(members)
+    assert failing(found) == set()
+    assert found["num_calibration"].observed == "150"
+
+
+def test_an_image_in_two_splits_is_named(members: pd.DataFrame) -> None:
+    """Both places of it."""
+    gate = members[members["split"] == "gate"].iloc[[0]]
+    twin, original = gate.assign(split="calibration", path="cat/twin.png"), str(gate["path"].item())
+    found = split_findings(pd.concat([members, twin], ignore_index=True))
+    assert failing(found) == {"shared"}
+    assert set(found["shared"].offenders) == {"cat/twin.png", original}
+    assert found["shared"].num_offenders == 2
+
+
+def test_an_image_that_only_looks_like_one_of_another_split(members: pd.DataFrame) -> None:
+    """A warning: pixels differ."""
+    gate = members[members["split"] == "gate"].iloc[[0]]
+    twin = gate.assign(split="calibration", path="cat/twin.png", pixels="0" * 64)
+    found = split_findings(pd.concat([members, twin], ignore_index=True))
+    assert failing(found) == {"alike"}
+    assert found["alike"].num_offenders == 2
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "rules"),
+    [
+        ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), {"low_spread"}),  # forgotten
+        ((0.485, 0.456, 0.406), (0.0525, 0.05, 0.05), {"high_spread"}),  # applied twice
+        ((124.0, 116.0, 104.0), (58.0, 57.0, 57.0), {"offset", "low_spread"}),  # in 0..255
+    ],
+)
+def test_a_wrong_normalisation_is_seen(
+    members: pd.DataFrame, mean: tuple[float, ...], std: tuple[float, ...], rules: set[str]
+) -> None:
+    """Inputs are neither centred nor spread as trained models want them."""
+    assert rules <= failing(split_findings(members, PreprocessSpec(mean=mean, std=std))) <= rules | {"offset"}
+
+
+def test_few_images_a_missing_class_and_imbalance(members: pd.DataFrame) -> None:
+    """Counted in the calibration split alone."""
+    dogs = (members["label"] == "dog") & (members["split"] == "calibration")
+    assert failing(split_findings(members[~dogs])) >= {"num_calibration", "missing_classes"}
+    few = members.drop(members[dogs].index[3:])
+    assert "imbalance" in failing(split_findings(few))
+
+
+def test_drift_is_seen(members: pd.DataFrame) -> None:
+    """Calibration images by night, gate images by day."""
+    night = members["split"] == "calibration"
+    members.loc[night, "brightness"] *= 0.5
+    assert failing(split_findings(members)) == {"drift"}
+
+
+def test_an_empty_split_is_an_error(members: pd.DataFrame) -> None:
+    with pytest.raises(DataError, match="calibration split has no image"):
+        check_splits(members[members["split"] == "gate"], RECIPE)
