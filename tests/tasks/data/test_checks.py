@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,18 +20,24 @@ PHOTOS = [Image.fromarray(pixels) for pixels in load_sample_images().images]
 Plant = Callable[[Path], object]
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two classes of sixty different parts of two real photographs."""
-    random = np.random.default_rng(0)
+    root, random = tmp_path_factory.mktemp("clean"), np.random.default_rng(0)
     for label, photo in enumerate(PHOTOS):
-        folder = tmp_path / "photos" / str(label)
-        folder.mkdir(parents=True)
+        folder = root / str(label)
+        folder.mkdir()
         for number in range(60):
             side = int(random.integers(180, 320))
             left, top = (int(random.integers(0, length - side)) for length in photo.size)
             photo.crop((left, top, left + side, top + side)).save(folder / f"{number:03}.png")
-    return tmp_path / "photos"
+    return root
+
+
+@pytest.fixture
+def photos(clean: Path, tmp_path: Path) -> Path:
+    """A copy of them to plant defects in."""
+    return Path(shutil.copytree(clean, tmp_path / "photos"))
 
 
 def findings(folder: Path, scratch: Path) -> dict[str, Finding]:
