@@ -1,6 +1,6 @@
 """One step of quantization-aware training against one step of float training of the same model.
 
-    python tests/benchmarks/bench_training.py [MODEL ...] [--rounds 30] [--steps 1]
+    python tests/benchmarks/bench_training.py [MODEL ...] [--rounds 30] [--steps 1] [--side 64] [--batch-size 64]
 
 Both steps take the same pixels on the CPU and do feeding, forward, backward, clipping and a fused AdamW on
 channels-last tensors, with bfloat16 autocast on CUDA. The float step trains with batch norm and cross entropy; ours
@@ -37,16 +37,16 @@ from tasks.stores.steps import library_versions
 
 LIMIT = 1.25
 MODELS = ("mobilenet_v3_small", "resnet18")
-CLASSES, SIDE, BATCH_SIZE, WARMUP = 10, 64, 64, 3
-SPEC = QatSpec(batch_size=BATCH_SIZE, mirror=False, shift=0)
+CLASSES, WARMUP = 10, 3
+SPEC = QatSpec(mirror=False, shift=0)
 Step = Callable[[], object]
 
 
-def image_set() -> ImageSet:
+def image_set(side: int, batch_size: int) -> ImageSet:
     random = np.random.default_rng(0)
-    pixels_NHWC = random.integers(0, 256, (BATCH_SIZE, SIDE, SIDE, 3), np.uint8)
-    labels_N = random.integers(0, CLASSES, BATCH_SIZE)
-    return ImageSet(pixels_NHWC, np.arange(BATCH_SIZE), labels_N, PreprocessSpec(), tuple(map(str, range(CLASSES))))
+    pixels_NHWC = random.integers(0, 256, (batch_size, side, side, 3), np.uint8)
+    labels_N = random.integers(0, CLASSES, batch_size)
+    return ImageSet(pixels_NHWC, np.arange(batch_size), labels_N, PreprocessSpec(), tuple(map(str, range(CLASSES))))
 
 
 def float_step(model: nn.Module, images: ImageSet, device: torch.device) -> Step:
@@ -71,13 +71,14 @@ def qat_step(model: nn.Module, images: ImageSet, device: torch.device, folder: P
     """The step that `tasks.quant.train.train` takes; the teacher has answered already."""
     pixels_NHWC = images.pixels(slice(None))
     inputs_NCHW = torch.from_numpy(normalise(pixels_NHWC, images.preprocess))
+    spec = SPEC.model_copy(update={"batch_size": len(images)})
     folded = capture(model.eval(), inputs_NCHW[:2])
     fold_batch_norm(folded)
     simulation = simulate(folded, SCHEMES["onnxruntime"], frozenset())
     calibrate(simulation, lambda: [inputs_NCHW], QuantSpec(ranges="minmax"))
-    trainer = Trainer(simulation, folded, images, images, SPEC, 0, device, folder)
+    trainer = Trainer(simulation, folded, images, images, spec, 0, device, folder)
     simulation.set_mode(Mode.SIMULATE)
-    answers_NC = np.zeros((BATCH_SIZE, CLASSES), np.float16)
+    answers_NC = np.zeros((len(images), CLASSES), np.float16)
     return lambda: trainer.step(pixels_NHWC, images.labels, answers_NC, 1.0)
 
 
@@ -90,10 +91,9 @@ def seconds(step: Step, steps: int, device: torch.device) -> float:
     return (perf_counter() - start) / steps
 
 
-def measure(name: str, device: torch.device, rounds: int, steps: int) -> np.ndarray:
+def measure(name: str, images: ImageSet, device: torch.device, rounds: int, steps: int) -> np.ndarray:
     """Seconds of a step, float and ours, [rounds, 2]."""
     torch.manual_seed(0)
-    images = image_set()
     with tempfile.TemporaryDirectory() as folder:
         plain, ours = (torchvision.models.get_model(name, num_classes=CLASSES) for _ in range(2))
         both = float_step(plain, images, device), qat_step(ours, images, device, Path(folder))
@@ -107,19 +107,22 @@ def main() -> int:
     parser.add_argument("models", nargs="*", default=MODELS, metavar="MODEL")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--steps", type=int, default=1, help="in a row, between two looks at the clock")
+    parser.add_argument("--side", type=int, default=64, help="of the square images, in pixels")
+    parser.add_argument("--batch-size", type=int, default=64)
     arguments = parser.parse_args()
+    images = image_set(arguments.side, arguments.batch_size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = torch.cuda.get_device_name() if device.type == "cuda" else hardware()
     versions = library_versions("torch", "torchvision", "torchao")
     print(f"    python {' '.join(sys.argv)}\n")
     print(f"{machine}; {', '.join(f'{name} {version}' for name, version in versions.items())}")
     threads = f"{torch.get_num_threads()} CPU threads"
-    print(f"Batch {BATCH_SIZE}, {SIDE}x{SIDE}, {threads}, {arguments.rounds} rounds in turns.\n")
+    print(f"Batch {len(images)}, {arguments.side}x{arguments.side}, {threads}, {arguments.rounds} rounds in turns.\n")
     print("| model | float ms | QAT ms | ratio (quartiles) |")
     print("| --- | ---: | ---: | ---: |")
     worst = 0.0
     for name in arguments.models:
-        times_R2 = measure(name, device, arguments.rounds, arguments.steps)
+        times_R2 = measure(name, images, device, arguments.rounds, arguments.steps)
         plain_ms, ours_ms = 1e3 * np.median(times_R2, axis=0)
         low, ratio, high = np.percentile(times_R2[:, 1] / times_R2[:, 0], [25, 50, 75])
         worst = max(worst, float(ratio))

@@ -128,23 +128,32 @@ def test_gradients_of_activations_are_those_of_the_paper(
     torch.testing.assert_close(quantizer.log_scale.grad.double(), expected_scale, rtol=1e-4, atol=1e-5)
 
 
+def check_gradients_of_weights(weight_O: Tensor, upstream: Tensor) -> None:
+    weight_O.requires_grad_()
+    quantizer = weight()
+    reach_O = torch.linspace(0.3, 3.0, len(weight_O))
+    quantizer.set_range(-reach_O, reach_O)
+    quantizer(weight_O).backward(upstream)
+    expected_x, expected_scale_O = naive_gradients(weight_O, upstream, quantizer)
+    assert weight_O.grad is not None
+    assert quantizer.log_scale.grad is not None
+    torch.testing.assert_close(weight_O.grad.double(), expected_x, rtol=0, atol=0)
+    torch.testing.assert_close(quantizer.log_scale.grad.double(), expected_scale_O, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("upstream_layout", LAYOUTS, ids=["upstream contiguous", "upstream channels last"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels last"])
 def test_gradients_of_weights_are_those_of_the_paper(
     layout: torch.memory_format, upstream_layout: torch.memory_format
 ) -> None:
     """The same, for each output channel by itself."""
-    weight_OIHW = torch.randn(6, 4, 3, 3).contiguous(memory_format=layout).requires_grad_()
-    upstream = torch.randn(6, 4, 3, 3).contiguous(memory_format=upstream_layout)
-    quantizer = weight()
-    reach_O = torch.linspace(0.3, 3.0, 6)
-    quantizer.set_range(-reach_O, reach_O)
-    quantizer(weight_OIHW).backward(upstream)
-    expected_x, expected_scale_O = naive_gradients(weight_OIHW, upstream, quantizer)
-    assert weight_OIHW.grad is not None
-    assert quantizer.log_scale.grad is not None
-    torch.testing.assert_close(weight_OIHW.grad.double(), expected_x, rtol=0, atol=0)
-    torch.testing.assert_close(quantizer.log_scale.grad.double(), expected_scale_O, rtol=1e-4, atol=1e-5)
+    weight_OIHW = torch.randn(6, 4, 3, 3).contiguous(memory_format=layout)
+    check_gradients_of_weights(weight_OIHW, torch.randn(6, 4, 3, 3).contiguous(memory_format=upstream_layout))
+
+
+def test_gradients_of_linear_weights() -> None:
+    """Two axes, one scale for each row."""
+    check_gradients_of_weights(torch.randn(6, 40), torch.randn(6, 40))
 
 
 def test_gradients_of_a_linear_layer_and_of_an_odd_layout() -> None:
@@ -160,20 +169,6 @@ def test_gradients_of_a_linear_layer_and_of_an_odd_layout() -> None:
         assert quantizer.log_scale.grad is not None
         torch.testing.assert_close(x.grad.double(), expected_x, rtol=0, atol=0)
         torch.testing.assert_close(quantizer.log_scale.grad.double(), expected_scale, rtol=1e-4, atol=1e-5)
-
-
-def test_gradients_of_linear_weights() -> None:
-    """Two axes, one scale for each row."""
-    weight_ON = torch.randn(6, 40).requires_grad_()
-    upstream = torch.randn(6, 40)
-    quantizer = weight()
-    quantizer.set_range(-torch.ones(6), torch.ones(6))
-    quantizer(weight_ON).backward(upstream)
-    expected_x, expected_scale_O = naive_gradients(weight_ON, upstream, quantizer)
-    assert weight_ON.grad is not None
-    assert quantizer.log_scale.grad is not None
-    torch.testing.assert_close(weight_ON.grad.double(), expected_x, rtol=0, atol=0)
-    torch.testing.assert_close(quantizer.log_scale.grad.double(), expected_scale_O, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
