@@ -24,6 +24,7 @@ Severity = Literal["critical", "warning"]
 SHOWN = 20  # offending files that a finding names; it counts the rest
 _MUCH_DRIFT = 0.25
 _ORDINARY = frozenset({"RGB", "L"})
+_RECIPE = "Check data.preprocess.mean and std against what the model was trained with, and images for being in 0..255."
 
 
 @dataclass(frozen=True)
@@ -82,18 +83,9 @@ SPLIT_RULES = (
     Rule("imbalance", "the largest class over the smallest", None, 10, "warning", "Balance the calibration images."),
     Rule("shared", "no image in two splits, by its pixels", None, 0, "critical", "Keep each image in one split."),
     Rule("alike", "no image that resembles one of another split", None, 0, "warning", "Keep series in one split."),
-    Rule(
-        "offset",
-        "normalised channel means near zero",
-        None,
-        1.0,
-        "critical",
-        "Check data.preprocess.mean and std against what the model was trained with.",
-    ),
-    Rule("low_spread", "normalised deviations not far below one", 0.4, None, "critical", "As above: std is too large."),
-    Rule(
-        "high_spread", "normalised deviations not far above one", None, 2.0, "critical", "As above: std is too small."
-    ),
+    Rule("offset", "normalised channel means near zero", None, 1.0, "critical", _RECIPE),
+    Rule("low_spread", "normalised deviations not far below one", 0.4, None, "critical", _RECIPE),
+    Rule("high_spread", "normalised deviations not far above one", None, 2.0, "critical", _RECIPE),
     Rule("drift", "properties as in the gate split", None, 1.0, "warning", "Draw both from the same images."),
 )
 _DRIFTING = ("brightness", "entropy", "sharpness", "mean_r", "mean_g", "mean_b", "std_r", "std_g", "std_b")
