@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.text import Text
 
-from tasks.contracts.errors import GateRejected, RequantError, SpecError
+from tasks.contracts.errors import DataRejected, GateRejected, RequantError, SpecError
 from tasks.contracts.settings import Settings
 from tasks.contracts.spec import RunSpec, read_spec, spec_from
 
@@ -32,12 +32,15 @@ SpecFile = Annotated[Path | None, typer.Argument(help="A YAML spec: model, data,
 
 
 def main() -> None:
-    """Run the command line. Exit status: 0 done, 1 refused, 2 wrong usage, 3 rejected by a gate, 130 or 143 stopped."""
+    """Run the command line.
+
+    Exit status: 0 done, 1 refused, 2 wrong usage, 3 rejected by a gate or the data contract, 130 or 143 stopped.
+    """
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao 0.18 with torch 2.15, of no consequence
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by default nothing would end the server that a run starts
     try:
         app()
-    except GateRejected as error:
+    except (DataRejected, GateRejected) as error:
         _say("Rejected", error)
         sys.exit(3)
     except RequantError as error:
@@ -57,38 +60,57 @@ def _say(title: str, error: RequantError) -> None:
         console.print(f"  {error.remedy}", markup=False, highlight=False)
 
 
+ModelOption = Annotated[str | None, typer.Option("--model", help="torchvision:<name> or module:factory.")]
+WeightsOption = Annotated[
+    str | None, typer.Option("--weights", help="A .safetensors or .pth file, or a torchvision name.")
+]
+DataOption = Annotated[
+    str | None, typer.Option("--data", help="Image folder, manifest, torchvision:<dataset> or digits.")
+]
+NameOption = Annotated[str | None, typer.Option("--name", help="Name under which releases appear.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Any key of the spec: --set quant.method=qat; may be repeated.")
+]
+
+
 @app.command()
 def run(
     spec: SpecFile = None,
-    model: Annotated[str | None, typer.Option(help="torchvision:<name> or module:factory.")] = None,
-    weights: Annotated[str | None, typer.Option(help="A .safetensors or .pth file, or a torchvision name.")] = None,
-    data: Annotated[str | None, typer.Option(help="Image folder, manifest, torchvision:<dataset> or digits.")] = None,
+    model: ModelOption = None,
+    weights: WeightsOption = None,
+    data: DataOption = None,
     target: Annotated[str | None, typer.Option(help="The runtime to build for.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name under which releases appear.")] = None,
-    assign: Annotated[
-        list[str] | None, typer.Option("--set", help="Any key of the spec: --set quant.method=qat; may be repeated.")
-    ] = None,
+    name: NameOption = None,
+    assign: SetOption = None,
 ) -> None:
     """Re-quantize one model. Options go over what the spec file says."""
-    values = read_spec(spec) if spec else {}
-    short = {
-        "model.architecture": model,
-        "model.weights": weights,
-        "data.source": data,
-        "target.runtime": target,
-        "name": name,
-    }
-    for key, value in short.items():
-        if value is not None:
-            _assign(values, key, value)
-    for text in assign or []:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise SpecError(f"--set {text} has no value.", remedy="Write --set key=value.")
-        _assign(values, key, _value(text, value))
-    if "name" not in values and model:
-        values["name"] = model.rpartition(":")[2].lower()
-    _run(spec_from(values, origin=str(spec) if spec else "command line"))
+    short = {"model.architecture": model, "model.weights": weights, "data.source": data, "name": name}
+    _run(_spec(spec, {**short, "target.runtime": target}, assign))
+
+
+@app.command()
+def check_data(
+    spec: SpecFile = None,
+    model: ModelOption = None,
+    weights: WeightsOption = None,
+    data: DataOption = None,
+    name: NameOption = None,
+    assign: SetOption = None,
+    report: Annotated[Path | None, typer.Option(help="Where the page goes; by default into the store.")] = None,
+) -> None:
+    """Judge the images by the data contract, and nothing else. Exit status 3 if a critical rule is broken."""
+    _check_settings()
+    from flows.check_data import check_and_report, lines_of
+    from tasks.data.contract import rejection
+
+    short = {"model.architecture": model, "model.weights": weights, "data.source": data, "name": name}
+    checked, place = check_and_report(_spec(spec, short, assign), report)
+    console = Console(soft_wrap=True)
+    for line in lines_of(checked):
+        console.print(line, markup=False, highlight=False)
+    console.print(f"report: {place}", markup=False, highlight=False)
+    if checked.breaches:
+        raise rejection(checked)
 
 
 @app.command()
@@ -116,6 +138,22 @@ def schema() -> None:
     typer.echo(yaml.safe_dump(RunSpec.model_json_schema(), sort_keys=False))
 
 
+def _spec(file: Path | None, short: Mapping[str, str | None], assign: list[str] | None) -> RunSpec:
+    """What the file, options of a name of their own and --set say together; the later ones win."""
+    values = read_spec(file) if file else {}
+    for key, value in short.items():
+        if value is not None:
+            _assign(values, key, value)
+    for text in assign or []:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise SpecError(f"--set {text} has no value.", remedy="Write --set key=value.")
+        _assign(values, key, _value(text, value))
+    if "name" not in values and (model := short["model.architecture"]):
+        values["name"] = model.rpartition(":")[2].lower()
+    return spec_from(values, origin=str(file) if file else "command line")
+
+
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:
     *sections, leaf = key.split(".")
     for section in sections:
@@ -135,14 +173,14 @@ def _value(text: str, value: str) -> Any:
 def _run(spec: RunSpec) -> None:
     with _prefect():
         from flows.requantize import requantize
-        from tasks.publish_report import run_prefix
         from tasks.report.content import headline
+        from tasks.step import run_prefix
 
     report = requantize(spec)
     store, console = Settings().store, Console(soft_wrap=True)
     console.print(headline(report.decision), style="bold green")
     console.print(f"engine: {store}/{report.engine.engine.key}", markup=False, highlight=False)
-    console.print(f"report: {store}/{run_prefix(report)}/report.html", markup=False, highlight=False)
+    console.print(f"report: {store}/{run_prefix(spec.name, report.run_id)}/report.html", markup=False, highlight=False)
 
 
 @contextmanager

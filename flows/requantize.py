@@ -5,7 +5,10 @@ from __future__ import annotations
 from prefect import flow
 
 from tasks.build_engine import build_engine
+from tasks.check_data import check_data
 from tasks.check_parity import check_parity
+from tasks.choose_calibration import choose_calibration
+from tasks.compare_draws import compare_draws
 from tasks.contracts.errors import GateRejected
 from tasks.contracts.spec import RunSpec
 from tasks.export_model import export_model
@@ -24,11 +27,14 @@ from tasks.score_float import score_float
 @flow(name="requantize", flow_run_name="{spec.name}")
 def requantize(spec: RunSpec) -> RunReport:
     """Turn a float classifier into an INT8 engine that keeps what was agreed."""
+    check = check_data(spec)  # what cannot be trusted ends the run here
     data = prepare_data(spec)
     model = load_model(spec, data)
     baseline = score_float(spec, data, model)
 
-    quantized = quantize_model(spec, data, model)
+    choice = choose_calibration(spec, data, model)
+    draws = compare_draws(spec, data, model, choice) if spec.data.draws else None
+    quantized = quantize_model(spec, data, model, choice)
     exported = export_model(spec, data, model, quantized)
     engine = build_engine(spec, exported)
 
@@ -37,7 +43,9 @@ def requantize(spec: RunSpec) -> RunReport:
     speed = measure_engine(spec, data, exported, engine)
     decision = judge_engine(spec, score, parity, exported, speed)
 
-    report = publish_report(spec, data, model, baseline, quantized, exported, engine, score, parity, speed, decision)
+    report = publish_report(
+        spec, check, data, model, baseline, choice, draws, quantized, exported, engine, score, parity, speed, decision
+    )
     if not decision.passed:  # everything is stored by now, for study
         raise GateRejected(f"{rejection_message(decision)}.", remedy="The report shows what was measured.")
     return report

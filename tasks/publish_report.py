@@ -10,8 +10,11 @@ from prefect.artifacts import create_image_artifact, create_markdown_artifact, c
 
 from tasks.contracts.records import (
     Accuracy,
+    Choice,
+    DataCheck,
     DataRecord,
     Decision,
+    Draws,
     EngineRecord,
     EngineScore,
     EngineSpeed,
@@ -27,7 +30,7 @@ from tasks.report.content import RunReport
 from tasks.report.html import as_html
 from tasks.report.markdown import as_markdown, gate_rows
 from tasks.report.plots import image_of, summary_figure
-from tasks.step import LIBRARIES, disk_errors, step, the_store
+from tasks.step import LIBRARIES, disk_errors, run_id, run_prefix, step, the_store
 from tasks.stores.base import Store
 from tasks.stores.steps import library_versions
 
@@ -35,9 +38,12 @@ from tasks.stores.steps import library_versions
 @step("publish report")
 def publish_report(
     spec: RunSpec,
+    check: DataCheck,
     data: DataRecord,
     model: ModelRecord,
     baseline: Accuracy,
+    choice: Choice,
+    draws: Draws | None,
     quantized: QuantizedRecord,
     exported: ExportRecord,
     engine: EngineRecord,
@@ -49,13 +55,16 @@ def publish_report(
     """Everything about the run, stored under a name of its own and shown as artifacts."""
     started = runtime.flow_run.scheduled_start_time or datetime.now(UTC)
     report = RunReport(
-        run_id=f"{started:%Y%m%dT%H%M%S}-{str(runtime.flow_run.id)[:8]}",
+        run_id=run_id(),
         started=started.isoformat(),
         finished=datetime.now(UTC).isoformat(),
         spec=spec,
+        check=check,
         data=data,
         model=model,
         float_accuracy=baseline,
+        choice=choice,
+        draws=draws,
         engine_accuracy=score.accuracy,
         comparison=score.comparison,
         latencies=speed.latencies,
@@ -69,17 +78,12 @@ def publish_report(
         hardware=engine.hardware,
         notes=(*int8_notes(), *_parity_notes(parity), *(f"Lint: {warning}." for warning in exported.warnings)),
     )
-    store, prefix = the_store(), run_prefix(report)
+    store, prefix = the_store(), run_prefix(spec.name, report.run_id)
     with disk_errors():
         _store_all(store, prefix, report)
     _show(report, f"{store}/{prefix}/report.html")
     get_run_logger().info("report: %s/%s/report.html", store, prefix)
     return report
-
-
-def run_prefix(report: RunReport) -> str:
-    """Key that everything of a run's own begins with."""
-    return f"models/{report.spec.name}/runs/{report.run_id}"
 
 
 def _parity_notes(parity: Parity) -> tuple[str, ...]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from tasks.contracts.records import DataRecord, Epoch, ModelRecord, QuantizedRecord
+from tasks.choose_calibration import chosen_images
+from tasks.contracts.records import Choice, DataRecord, Epoch, ModelRecord, QuantizedRecord
 from tasks.contracts.settings import Settings
 from tasks.contracts.spec import RunSpec
 from tasks.data.images import ImageSet
@@ -23,7 +24,7 @@ from tasks.quant.keep_float import layers_better_float
 from tasks.quant.schemes import SCHEMES, layers_kept_float
 from tasks.quant.simulate import Simulation, fit_biases, predictions, simulate
 from tasks.quant.train import train
-from tasks.step import Progress, everything, remember, step, the_device, the_images
+from tasks.step import Progress, everything, remember, step, the_device
 from tasks.stores.base import Store
 from tasks.stores.steps import JSON, step_key
 
@@ -34,11 +35,12 @@ _FOLD_IMAGES = 64
 
 
 @step("quantize model")
-def quantize_model(spec: RunSpec, data: DataRecord, model: ModelRecord) -> QuantizedRecord:
+def quantize_model(spec: RunSpec, data: DataRecord, model: ModelRecord, choice: Choice) -> QuantizedRecord:
     """Fold batch norm, place and calibrate INT8 for the target's scheme, and train if the spec says so."""
     device = the_device()
     inputs: dict[str, JSON] = {
         "images": data.digest,
+        "calibration": choice.digest,
         "model": model.model_dump(mode="json"),
         "quant": spec.quant.model_dump(mode="json", exclude=set() if spec.quant.method == "qat" else {"qat"}),
         "scheme": spec.target.scheme_name,
@@ -49,7 +51,7 @@ def quantize_model(spec: RunSpec, data: DataRecord, model: ModelRecord) -> Quant
     training = Settings().scratch / "training" / step_key("quantize_model", everything(__name__, inputs))
 
     def compute(store: Store, work: Path) -> QuantizedRecord:
-        images = the_images(spec)
+        images = chosen_images(spec, choice, work)
         network = float_model(model, work)
         prepared, calibration = prepare_simulation(spec, data, network), images.split("calibration")
         proof = fold_error(network, prepared.folded, inputs_of(calibration, _FOLD_IMAGES, limit=_FOLD_IMAGES))
@@ -80,7 +82,7 @@ def quantize_model(spec: RunSpec, data: DataRecord, model: ModelRecord) -> Quant
             num_quantized=len(simulation.layers),
             kept_float=tuple(sorted(prepared.kept_float)),
             fold_error=proof,
-            selection_top1=_top1(simulation, images.split("selection"), spec.evaluation.batch_size),
+            selection_top1=simulated_top1(simulation, images.split("selection"), spec.evaluation.batch_size),
             epochs=epochs,
         )
 
@@ -147,7 +149,7 @@ def _together(images: ImageSet, count: int) -> Tensor:
     return torch.cat(list(inputs_of(images, count, limit=count)))
 
 
-def _top1(simulation: Simulation, selection: ImageSet, batch_size: int) -> float:
+def simulated_top1(simulation: Simulation, selection: ImageSet, batch_size: int) -> float:
     with simulation.mode(Mode.SIMULATE) as graph:
         answers = predictions(graph, inputs_of(selection, batch_size))
     return 100.0 * float((answers.numpy() == selection.labels).mean())

@@ -7,12 +7,13 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 from uuid import UUID
 
 import torch
-from prefect import get_run_logger, task
+from prefect import get_run_logger, runtime, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
@@ -85,6 +86,17 @@ def the_device() -> torch.device:
     if wanted == "cuda" and not available:
         raise RequantError("REQUANT_DEVICE is cuda, and PyTorch finds no CUDA device.", remedy="Set it to cpu or auto.")
     return torch.device("cuda" if available and wanted != "cpu" else "cpu")
+
+
+def run_id() -> str:
+    """Of the flow run that is under way; names sort by time."""
+    started = runtime.flow_run.scheduled_start_time or datetime.now(UTC)
+    return f"{started:%Y%m%dT%H%M%S}-{str(runtime.flow_run.id)[:8]}"
+
+
+def run_prefix(name: str, run: str) -> str:
+    """Key that everything of a model's run begins with."""
+    return f"models/{name}/runs/{run}"
 
 
 def the_images(spec: RunSpec, progress: Callable[[int, int], None] | None = None) -> PreparedImages:

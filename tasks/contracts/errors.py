@@ -3,6 +3,7 @@
 RequantError
 ├── SpecError        the request is wrong                     mend the spec
 ├── DataError        the images cannot be used                mend the data
+│   └── DataRejected          they break the data contract     not a fault: read the findings
 ├── ModelError       architecture or weights do not fit       mend the model
 ├── QuantizeError    the model cannot be made INT8 as asked   see the message
 ├── ExportError      the graph breaks a rule of its target    see the message
@@ -37,6 +38,10 @@ class SpecError(RequantError):
 
 class DataError(RequantError):
     """The images cannot be used."""
+
+
+class DataRejected(DataError):
+    """The images break a critical rule of the data contract."""
 
 
 class ModelError(RequantError):

@@ -29,6 +29,47 @@ class ArtifactRef(Record):
     size_bytes: int
 
 
+class Offender(Record):
+    """An image, or a class of a split, that breaks a rule."""
+
+    path: str  # below its source; `gate:` in front says the gate's own one
+    found: str
+
+
+class Finding(Record):
+    """What came of one rule of the data contract."""
+
+    rule: str
+    says: str
+    severity: Literal["critical", "warning"]
+    passed: bool
+    observed: str
+    limit: str
+    num_offenders: int
+    offenders: tuple[Offender, ...]  # the first of them
+    remedy: str
+
+
+class DataCheck(Record):
+    """What the data contract found, and the manifest that it was found in."""
+
+    source: str
+    num_images: int
+    digest: str  # of names, labels and files
+    reference: str | None  # the accepted run whose data this one was compared with
+    findings: tuple[Finding, ...]
+    manifest: ArtifactRef  # Parquet, a row per image
+
+    @property
+    def breaches(self) -> tuple[Finding, ...]:
+        """Critical rules that are broken."""
+        return tuple(finding for finding in self.findings if not finding.passed and finding.severity == "critical")
+
+    @property
+    def warnings(self) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if not finding.passed and finding.severity == "warning")
+
+
 class DataRecord(Record):
     """Images decoded once, and who belongs to which split."""
 
@@ -42,6 +83,17 @@ class DataRecord(Record):
     channels: int
     digest: str  # of pixels, labels, classes, splits and preprocessing, wherever the files lie
     members: ArtifactRef  # Parquet: row, path, label, split, pixels (sha256)
+
+
+class Choice(Record):
+    """The calibration images, and what the float model sees in them."""
+
+    method: Literal["stratified", "coverage"]
+    num_candidates: int
+    radius: float  # mean distance of a candidate to the nearest chosen one, over that to the mean of all
+    findings: tuple[Finding, ...]  # of the data contract, through the float model
+    digest: str
+    images: ArtifactRef  # Parquet: path, label, pixels (sha256)
 
 
 class ModelRecord(Record):
@@ -103,6 +155,14 @@ class QuantizedRecord(Record):
     fold_error: float  # largest difference of any logit by folding batch norm, over the logits' spread
     selection_top1: float  # of the simulation
     epochs: tuple[Epoch, ...]
+
+
+class Draws(Record):
+    """What the choice of calibration images does: top-1 of simulations on the selection split, calibrated only."""
+
+    chosen_top1: float
+    top1: tuple[float, ...]  # of other draws
+    num_images: int
 
 
 class LayerError(Record):

@@ -39,9 +39,19 @@ class ModelSpec(Section):
         description="A .safetensors or .pth file, or a torchvision weights name such as IMAGENET1K_V2 or DEFAULT.",
     )
     num_classes: Count | None = Field(None, description="Outputs of the model; taken from the data when not given.")
+    class_names: tuple[str, ...] | None = Field(
+        None, description="The model's classes in the order of its outputs; the data's own, sorted, when not given."
+    )
     arguments: dict[str, bool | int | float | str] = Field(
         default_factory=dict, description="Further keyword arguments of the factory."
     )
+
+    @model_validator(mode="after")
+    def _classes_agree(self) -> Self:
+        names = self.class_names
+        if names is not None and (len(set(names)) < len(names) or self.num_classes not in (None, len(names))):
+            raise ValueError(f"class_names has {len(set(names))} different names for {self.num_classes} outputs")
+        return self
 
 
 class PreprocessSpec(Section):
@@ -64,6 +74,80 @@ class PreprocessSpec(Section):
         return self
 
 
+class Limit(Section):
+    """The range that a number must keep, how many images must keep it, and what a breach means."""
+
+    low: float | None = None
+    high: float | None = None
+    share: float = Field(1.0, ge=0, le=1, description="Share of images that must keep it.")
+    severity: Literal["critical", "warning", "off"] = Field(
+        "warning", description="Critical fails the run; a warning is shown."
+    )
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        if self.low is None and self.high is None:
+            raise ValueError("a limit needs low or high; severity: off switches it off")
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(f"low {self.low:g} is above high {self.high:g}")
+        return self
+
+
+class ChecksSpec(Section):
+    """The data contract. That every image decodes, and has one label that the model knows, is always asked.
+
+    Of a limit only what differs from the default needs to be given, such as `sharpness: {low: 5}`.
+    """
+
+    correlation: Limit = Field(
+        Limit(low=0.2, severity="critical"), description="Of neighbouring pixels: 0 in noise, near 1 in photographs."
+    )
+    contrast: Limit = Field(Limit(low=1.0, severity="critical"), description="Largest channel deviation, in 0..255.")
+    short_side: Limit = Field(Limit(low=8), description="In pixels, as stored.")
+    aspect: Limit = Field(Limit(low=0.35, share=0.98), description="Short side over long side.")
+    plain_mode: Limit = Field(Limit(low=1, share=0.98), description="1 if stored as colour or grey, else 0.")
+    num_frames: Limit = Field(Limit(high=1), description="Pictures in the file; only the first is used.")
+    upright: Limit = Field(Limit(low=1, share=0.9), description="1 if stored as seen, 0 if EXIF turns it.")
+    unique: Limit = Field(Limit(low=1, share=0.99), description="0 for a copy of another image, by pixels.")
+    distinct: Limit = Field(Limit(low=1, share=0.98), description="0 for an image that looks like another.")
+    brightness: Limit = Field(Limit(low=0.08, high=0.95, share=0.98), description="Mean luma, in 0..1.")
+    entropy: Limit = Field(Limit(low=1.5, share=0.99), description="Of the grey levels, in bits.")
+    sharpness: Limit = Field(Limit(low=12, share=0.95), description="Deviation of the edges, in 0..255.")
+
+    num_calibration: Limit = Field(Limit(low=128, severity="critical"), description="Calibration images.")
+    missing_classes: Limit = Field(
+        Limit(high=0, severity="critical"), description="Classes without an image, over all splits that are used."
+    )
+    imbalance: Limit = Field(Limit(high=10), description="Largest class over smallest, in calibration.")
+    shared: Limit = Field(Limit(high=0, severity="critical"), description="Images in two splits, by pixels.")
+    alike: Limit = Field(Limit(high=0), description="Images that look like one of another split.")
+    offset: Limit = Field(Limit(high=1.0, severity="critical"), description="Largest normalised channel mean.")
+    spread: Limit = Field(
+        Limit(low=0.4, high=2.0, severity="critical"), description="Normalised channel deviation farthest from 1."
+    )
+    drift_psi: Limit = Field(
+        Limit(high=0.25), description="Worst population stability index of calibration properties against the gate."
+    )
+    drift_ks: Limit = Field(Limit(high=0.2), description="The same by Kolmogorov and Smirnov's distance.")
+    past_psi: Limit = Field(Limit(high=0.25), description="drift_psi against the data of the last accepted run.")
+    past_ks: Limit = Field(Limit(high=0.2), description="drift_ks against the data of the last accepted run.")
+    feature_ks: Limit = Field(Limit(high=0.2), description="drift_ks of the float model's features.")
+    answer_psi: Limit = Field(Limit(high=0.25), description="drift_psi of how often each class is the model's answer.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_defaults(cls, values: Any) -> Any:
+        """What is not said of a limit stays as it is by default."""
+        if not isinstance(values, dict):
+            return values
+        return {
+            name: {**cls.model_fields[name].default.model_dump(), **given}
+            if name in cls.model_fields and isinstance(given, dict)
+            else given
+            for name, given in values.items()
+        }
+
+
 class DataSpec(Section):
     """Where the images come from, and how they are split.
 
@@ -83,9 +167,16 @@ class DataSpec(Section):
         None, description="A source of its own for the gate split; otherwise the gate is taken from the source."
     )
     calibration: Count = Field(512, description="Images that ranges are measured on.")
+    choice: Literal["stratified", "coverage"] = Field(
+        "stratified",
+        description="Calibration images: a fair draw of each class, or those that cover the float model's features.",
+    )
+    draws: int = Field(
+        0, ge=0, le=20, description="Other draws to calibrate on, to show what the choice does to accuracy."
+    )
     selection: Count | Share = Field(0.15, description="Images for choices during quantization: a number or a share.")
     gate: Count | Share = Field(0.25, description="Images that judge the result once: a number or a share.")
-    require_every_class: bool = Field(True, description="Refuse a split in which a class has no image.")
+    checks: ChecksSpec = ChecksSpec()
     preprocess: PreprocessSpec | None = Field(
         None, description="For torchvision models their own recipe when not given; needed for a module of your own."
     )

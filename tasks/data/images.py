@@ -110,6 +110,14 @@ class PreparedImages:
     def channels(self) -> int:
         return int(self.images.pixels_NHWC.shape[3])
 
+    def calibrating_on(self, rows: np.ndarray) -> PreparedImages:
+        """The same with these rows as calibration split; what it had, and they do not, is for training."""
+        pool = np.concatenate([self.splits.rows["calibration"], self.splits.rows["train"]])
+        train = pool[~np.isin(pool, rows)]
+        return replace(
+            self, splits=replace(self.splits, rows={**self.splits.rows, "calibration": rows, "train": train})
+        )
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the content: pixels, labels, classes, splits and preprocessing, wherever the files lie."""
@@ -158,14 +166,16 @@ def prepare_images(
         StoreError: if `scratch` cannot be written.
     """
     preprocess = resolve_preprocess(model, data)
-    source, gate_source = open_source(data.source, data.root), _gate_source(data)
+    source, gate_source = open_sources(data)
+    if model.class_names is not None:
+        source = _with_classes(source, model.class_names)
     if gate_source is None:
         images = decode_images(source, preprocess, scratch, progress)
         return PreparedImages(images, images, split_images(images, data, seed), preprocess)
     gate_source = _with_classes(gate_source, source.class_names)
     total = len(source) + len(gate_source)
-    images = decode_images(source, preprocess, scratch, _part(progress, 0, total))
-    gate = decode_images(gate_source, preprocess, scratch, _part(progress, len(source), total))
+    images = decode_images(source, preprocess, scratch, part_of(progress, 0, total))
+    gate = decode_images(gate_source, preprocess, scratch, part_of(progress, len(source), total))
     if gate.pixels_NHWC.shape[1:] != images.pixels_NHWC.shape[1:]:
         raise DataError(
             f"Images of {source.name} end as {images.pixels_NHWC.shape[1:3]} (height, width), those of "
@@ -175,13 +185,13 @@ def prepare_images(
     return PreparedImages(images, gate, split_images(images, data, seed, gate), preprocess)
 
 
-def _gate_source(data: DataSpec) -> Source | None:
-    """The gate's own source: what the spec names, or the test half of a torchvision data set."""
-    if data.gate_source is not None:
-        return open_source(data.gate_source, data.root, for_gate=True)
-    if is_torchvision(data.source):
-        return open_source(data.source, data.root, for_gate=True)
-    return None
+def open_sources(data: DataSpec) -> tuple[Source, Source | None]:
+    """The source, and the gate's own: what the spec names, or the test half of a torchvision data set."""
+    gate = data.gate_source or (data.source if is_torchvision(data.source) else None)
+    return (
+        open_source(data.source, data.root),
+        None if gate is None else open_source(gate, data.root, for_gate=True),
+    )
 
 
 def _with_classes(source: Source, class_names: tuple[str, ...]) -> Source:
@@ -189,14 +199,15 @@ def _with_classes(source: Source, class_names: tuple[str, ...]) -> Source:
     unknown = [name for name in source.class_names if name not in class_names]
     if unknown:
         raise DataError(
-            f"{source.name} has classes that data.source lacks: {some(unknown)}.",
-            remedy="Give both sources the same classes.",
+            f"{source.name} has classes that are not the model's: {some(unknown)}.",
+            remedy="Leave them out, or name them in model.class_names (by default the classes of data.source).",
         )
     index_of = np.array([class_names.index(name) for name in source.class_names])
     return replace(source, class_names=class_names, labels=index_of[source.labels])
 
 
-def _part(progress: Progress | None, offset: int, total: int) -> Progress | None:
+def part_of(progress: Progress | None, offset: int, total: int) -> Progress | None:
+    """Progress of one of several pieces of work, as that of the whole."""
     return None if progress is None else lambda done, _: progress(offset + done, total)
 
 

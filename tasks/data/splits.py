@@ -35,17 +35,14 @@ def split_images(images: DecodedImages, data: DataSpec, seed: int, gate: Decoded
     within one image. A gate with a source of its own (with the same classes) is all of that source.
 
     Raises:
-        DataError: if the same pixels have two labels, there are fewer images than asked for, or a split lacks a class.
+        DataError: if the same pixels have two labels, or there are fewer images than asked for.
     """
     gate_rows, source_rows = _unique(images, gate, seed)
     dropped = len(images) - len(source_rows) + (0 if gate is None else len(gate) - len(gate_rows))
     sizes = _sizes(data, len(source_rows), dropped, has_own_gate=gate is not None)
     rows = _stratified(images.labels, source_rows, sizes, len(images.class_names))
-    labels = {name: images.labels[rows[name]] for name in rows}
     if gate is not None:
-        rows["gate"], labels["gate"] = gate_rows, gate.labels[gate_rows]
-    if data.require_every_class:
-        _refuse_missing_classes(labels, images.class_names)
+        rows["gate"] = gate_rows
     return Splits(rows={name: rows[name] for name in SPLITS}, duplicates_dropped=dropped)
 
 
@@ -160,17 +157,3 @@ def _repair(up_KS: np.ndarray, may_rise_KS: np.ndarray, left_K: np.ndarray, left
     assert flow.flow_value == left_K.sum()
     changes_KS: np.ndarray = flow.flow[classes, splits].toarray()
     return changes_KS
-
-
-def _refuse_missing_classes(labels: Mapping[SplitName, np.ndarray], class_names: tuple[str, ...]) -> None:
-    missing = {
-        split: [class_names[label] for label in sorted(set(range(len(class_names))) - set(present.tolist()))]
-        for split, present in labels.items()
-        if len(present) or split != "train"
-    }
-    problems = [f"{split} lacks {some(absent)}" for split, absent in missing.items() if absent]
-    if problems:
-        raise DataError(
-            f"Not every class has an image in every split: {'; '.join(problems)}.",
-            remedy="Add images of these classes, make the split larger, or set data.require_every_class: false.",
-        )

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from math import isfinite, isnan
+from statistics import mean
 
 from tasks.contracts.records import (
     Accuracy,
+    Choice,
     Comparison,
     Compression,
+    DataCheck,
     DataRecord,
     Decision,
+    Draws,
     EngineRecord,
     ExportRecord,
+    Finding,
     Latency,
     LayerError,
     Memory,
@@ -35,8 +41,11 @@ class RunReport(Record):
     started: str  # ISO 8601, with its zone
     finished: str
     spec: RunSpec
+    check: DataCheck
     data: DataRecord
     model: ModelRecord
+    choice: Choice
+    draws: Draws | None
     float_accuracy: Accuracy  # on the gate split, as is all that follows
     engine_accuracy: Accuracy
     comparison: Comparison
@@ -86,16 +95,59 @@ def headline(decision: Decision) -> str:
     return f"Passed all {num_gates} gates" if decision.passed else f"Rejected by {num_failed} of {num_gates} gates"
 
 
+def check_headline(findings: Sequence[Finding]) -> str:
+    """What the data contract came to, in one sentence."""
+    broken = Counter(finding.severity for finding in findings if not finding.passed)
+    if not broken:
+        return f"The data keep all {len(findings)} rules"
+    warnings = f"{broken['warning']} warning{'s' if broken['warning'] != 1 else ''}"
+    if not broken["critical"]:
+        return f"The data keep all critical rules, with {warnings}"
+    return f"Rejected: the data break {broken['critical']} of {len(findings)} rules" + (
+        f", with {warnings} besides" if broken["warning"] else ""
+    )
+
+
+def broken_first(findings: Sequence[Finding]) -> list[Finding]:
+    """Critical ones, then warnings, then what is kept."""
+    return sorted(findings, key=lambda finding: (finding.passed, finding.severity))
+
+
 def cautions(report: RunReport) -> tuple[str, ...]:
-    """The run's own notes, and the gates that were passed without proof."""
+    """The run's own notes, what the data are warned of, and the gates that were passed without proof."""
+    data = (
+        f"Data: {finding.rule} is {finding.observed}, not {finding.limit}. {finding.remedy}"
+        for finding in (*report.check.warnings, *report.choice.findings)
+        if not finding.passed
+    )
+    notes = (*report.notes, *data)
     limit, (_, high) = report.spec.gates.max_top1_drop, report.comparison.top1_drop_interval
     if limit is None or not report.comparison.top1_drop <= limit < high:
-        return report.notes
+        return notes
     doubt = (
         f"The top-1 drop keeps its limit of {limit:g} points, but its 95 % interval reaches {high:.2f}: "
         f"{report.engine_accuracy.num_images:,} gate images are too few to be sure."
     )
-    return (*report.notes, doubt)
+    return (*notes, doubt)
+
+
+def calibration_text(report: RunReport) -> str:
+    """How calibration images were chosen, and what that does to accuracy."""
+    count, choice, draws = report.data.counts["calibration"], report.choice, report.draws
+    text = (
+        f"{count:,} images, a stratified draw. "
+        if choice.method == "stratified"
+        else f"{count:,} images that cover the float model's features of {choice.num_candidates:,}: a candidate lies "
+        f"{choice.radius:.2f} times as far from the nearest of them as from the mean. "
+    )
+    if draws is None:
+        return text + "What other draws would have come to was not asked (data.draws)."
+    return text + (
+        f"Calibrated on them, the simulation's top-1 is {number(draws.chosen_top1)} % of {draws.num_images:,} "
+        f"selection images; on {len(draws.top1)} other draws it is {number(min(draws.top1))} to "
+        f"{number(max(draws.top1))} % "
+        f"(mean {number(mean(draws.top1))} %)."
+    )
 
 
 def duration(report: RunReport) -> str:

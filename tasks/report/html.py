@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
+from tasks.contracts.records import DataCheck
 from tasks.report import content
 from tasks.report.content import RunReport
 from tasks.report.plots import DARK, LIGHT, Palette, image_of, summary_figure, training_figure
@@ -20,7 +21,40 @@ MAX_CLASSES = 200
 
 
 def as_html(report: RunReport) -> str:
-    """The whole report. Every name in it is escaped, and the page may load nothing."""
+    """The whole report."""
+    changes = content.class_changes(report)
+    return _render(
+        "page.html",
+        report=report,
+        headline=content.headline(report.decision),
+        cautions=content.cautions(report),
+        duration=content.duration(report),
+        calibration=content.calibration_text(report),
+        op_costs=content.costs_by_op(report.export.compression),
+        noisiest=content.noisiest_first(report.parity.layers),
+        changes=changes[:MAX_CLASSES],
+        num_classes=len(changes),
+        confusion=_confusion(report),
+        spec=yaml.safe_dump(report.spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        picture=_data_urls(report, summary_figure),
+        curve=_data_urls(report, training_figure) if report.quantized.epochs else None,
+    )
+
+
+def check_as_html(name: str, check: DataCheck, pictures: Mapping[str, str]) -> str:
+    """What the data contract found; `pictures` are data URLs by path."""
+    return _render(
+        "data.html",
+        name=name,
+        check=check,
+        findings=content.broken_first(check.findings),
+        pictures=pictures,
+        headline=content.check_headline(check.findings),
+    )
+
+
+def _render(template: str, **values: object) -> str:
+    """Every name in it is escaped, and the page may load nothing."""
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -35,21 +69,7 @@ def as_html(report: RunReport) -> str:
         "title_of": content.title_of,
         "mib": lambda size_bytes, digits=2: content.number(size_bytes / MIB, digits),
     }
-    changes = content.class_changes(report)
-    return templates.get_template("page.html").render(
-        report=report,
-        headline=content.headline(report.decision),
-        cautions=content.cautions(report),
-        duration=content.duration(report),
-        op_costs=content.costs_by_op(report.export.compression),
-        noisiest=content.noisiest_first(report.parity.layers),
-        changes=changes[:MAX_CLASSES],
-        num_classes=len(changes),
-        confusion=_confusion(report),
-        spec=yaml.safe_dump(report.spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
-        picture=_data_urls(report, summary_figure),
-        curve=_data_urls(report, training_figure) if report.quantized.epochs else None,
-    )
+    return templates.get_template(template).render(**values)
 
 
 def _confusion(report: RunReport) -> list[tuple[str, list[tuple[int, float]]]] | None:

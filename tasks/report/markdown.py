@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 
-from tasks.contracts.records import Decision
+from tasks.contracts.records import DataCheck, Decision, Finding
 from tasks.report.content import (
     RunReport,
+    broken_first,
+    calibration_text,
     cautions,
+    check_headline,
     class_changes,
     costs_by_op,
     duration,
@@ -51,10 +54,47 @@ def as_markdown(report: RunReport) -> str:
         _size(report),
         _layers(report),
         _classes(report),
+        f"## Calibration\n\n{calibration_text(report)}",
         _training(report),
         _origin(report),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def check_as_markdown(name: str, check: DataCheck, pictures: Mapping[str, str]) -> str:
+    """What the data contract found; `pictures` are data URLs by path."""
+    mark = "❌" if check.breaches else "✅"
+    rows = [
+        [
+            "✅" if finding.passed else "❌ **critical**" if finding.severity == "critical" else "⚠️ warning",
+            f"{finding.rule}: {finding.says}",
+            finding.observed,
+            finding.limit,
+            f"{finding.num_offenders:,}",
+        ]
+        for finding in broken_first(check.findings)
+    ]
+    sections = [
+        f"# {mark} {_text(name)}: {check_headline(check.findings)}",
+        f"{check.num_images:,} images of {_text(check.source)}"
+        + (f", compared with the data of run {check.reference}" if check.reference else ""),
+        _table(["", "Rule", "Found", "Limit", "Offenders"], rows),
+        *(_offenders(finding, pictures) for finding in broken_first(check.findings) if not finding.passed),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _offenders(finding: Finding, pictures: Mapping[str, str]) -> str:
+    rows = [
+        [f"![]({pictures[offender.path]})" if offender.path in pictures else "", offender.path, offender.found]
+        for offender in finding.offenders
+    ]
+    rest = finding.num_offenders - len(finding.offenders)
+    return (
+        f"## {finding.rule}: {finding.says}\n\n{finding.remedy}"
+        + ("\n\n" + _table(["", "Image", "Found"], rows) if rows else "")
+        + (f"\n\nAnd {rest:,} more." if rest else "")
+    )
 
 
 def _gates(report: RunReport) -> str:

@@ -88,6 +88,7 @@ class Branching(nn.Module):
         return self.layers(images)
 '''
 
+FEW = {"num_calibration": {"low": 32}}  # so that a run takes seconds
 PLAIN: dict[str, Any] = {
     "name": "plain",
     "model": {"architecture": "networks:plain", "weights": "plain.safetensors"},
@@ -96,6 +97,7 @@ PLAIN: dict[str, Any] = {
         "calibration": 64,
         "selection": 64,
         "gate": 128,
+        "checks": FEW,
         "preprocess": {"resize": 32, "mean": [0.3], "std": [0.3]},
     },
     "quant": {"qat": {"epochs": 1, "mirror": False}},
@@ -113,7 +115,14 @@ MOBILE: dict[str, Any] = {
     **PLAIN,
     "name": "mobile",
     "model": {"architecture": "networks:mobile", "weights": "mobile.safetensors"},
-    "data": {"source": "shapes", "calibration": 48, "selection": 24, "gate": 48, "preprocess": {"resize": 32}},
+    "data": {
+        "source": "shapes",
+        "calibration": 48,
+        "selection": 24,
+        "gate": 48,
+        "checks": FEW,
+        "preprocess": {"resize": 32},
+    },
     "target": {"scheme": "tensorrt"},
 }
 

@@ -22,6 +22,7 @@ import torch
 
 from tasks.contracts.errors import (
     DataError,
+    DataRejected,
     ModelError,
     QuantizeError,
     RequantError,
@@ -113,13 +114,21 @@ CASES: dict[str, tuple[Callable[[Place], Sections], type[RequantError], str]] = 
     "no images": (no_images, DataError, "shapes holds no images in 3 sub-folders"),
     "no folder": (asked(data={"source": "nowhere"}), DataError, "There is no folder nowhere"),
     "one class": (one_class, DataError, r"shapes holds one class only \(stripes\)"),
-    "a class missing in a split": (a_class_of_two, DataError, "calibration lacks disc|selection lacks disc"),
+    "a class missing in a split": (
+        a_class_of_two,
+        DataRejected,
+        r"missing_classes is 1, not at most 0: train: disc \(no image\), selection: disc",
+    ),
     "fewer images than calibration": (
         asked(data={"calibration": 5000}),
         DataError,
         r"ask for 5072 images \(48 gate \+ 24 selection \+ 5000 calibration\), but shapes has 240",
     ),
-    "spoilt files": (spoilt_files, DataError, "3 of 240 images of shapes cannot be used: disc/00.png.*02.png"),
+    "spoilt files": (
+        spoilt_files,
+        DataRejected,
+        r"decodes is 98.75 % of 240, not at least 1 in all of images: disc/00.png \(.*02.png \(is no JPEG",
+    ),
     "crop above the images": (asked(data={"preprocess": {"crop": 64}}), DataError, "less than the crop of 64x64"),
     "no preprocessing": (asked(data={"preprocess": None}), SpecError, "Nothing says how images become the input"),
     "no weights": (asked(model={"weights": None}), ModelError, "model.weights is not given"),

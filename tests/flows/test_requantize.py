@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 TAKEN = "nothing has changed, so the stored result is taken"
 EPOCHS = 30  # enough that a signal comes before the last one, on a busy machine too
 STEPS = (
-    "prepare_data", "load_model", "score_float", "quantize_model", "export_model", "build_engine", "score_engine",
-    "check_parity", "measure_engine",
+    "check_data", "prepare_data", "load_model", "score_float", "choose_calibration", "quantize_model", "export_model",
+    "build_engine", "score_engine", "check_parity", "measure_engine",
 )  # fmt: skip
-FILES_OF_A_RUN = {"record.json", "report.html", "report.md"}
+FILES_OF_A_RUN = {"data.html", "record.json", "report.html", "report.md"}
 
 
 def steps_done(run: Run) -> tuple[str, ...]:
@@ -119,7 +119,12 @@ def test_the_prefect_page_of_a_run_shows_gates_report_and_picture(first: tuple[P
     with get_client(sync_client=True) as client:
         artifacts = {artifact.key: artifact for artifact in client.read_artifacts(artifact_filter=chosen)}
     kinds = {key: artifact.type for key, artifact in artifacts.items() if artifact.type != "progress"}  # if it was slow
-    assert kinds == {"gates-plain": "table", "report-plain": "markdown", "picture-plain": "image"}
+    assert kinds == {
+        "gates-plain": "table",
+        "report-plain": "markdown",
+        "data-plain": "markdown",
+        "picture-plain": "image",
+    }
     rows = json.loads(str(artifacts["gates-plain"].data))
     assert len(rows) == len(run.report.decision.verdicts)
     assert str(artifacts["report-plain"].data).startswith("# ")
@@ -153,8 +158,8 @@ def test_other_quantization_starts_from_quantizing(after_first: Place, plain: di
     objects = after_first.stored("objects")
     run = after_first.run(plain, quant={"method": "qat"})
     assert run.state.is_completed()
-    assert steps_taken(run) == ("prepare_data", "load_model", "score_float")
-    assert steps_done(run) == STEPS[3:]
+    assert steps_taken(run) == STEPS[:5]
+    assert steps_done(run) == STEPS[5:]
     assert run.report.quantized.method == "qat"
     assert [epoch.epoch for epoch in run.report.quantized.epochs] == [1]
     assert objects.items() <= after_first.stored("objects").items()

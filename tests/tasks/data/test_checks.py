@@ -11,8 +11,9 @@ from PIL import Image, ImageFilter
 from sklearn.datasets import load_sample_images
 
 from tasks.contracts.errors import DataError
-from tasks.contracts.spec import PreprocessSpec
-from tasks.data.checks import IMAGE_RULES, SHOWN, Finding, Rule, check_images, check_splits
+from tasks.contracts.records import Finding
+from tasks.contracts.spec import ChecksSpec, Limit, PreprocessSpec
+from tasks.data.checks import IMAGE_RULES, SHOWN, Rule, check_images, check_splits
 from tasks.data.manifest import build_manifest
 from tasks.data.sources import open_source
 
@@ -40,9 +41,17 @@ def photos(clean: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(clean, tmp_path / "photos"))
 
 
-def findings(folder: Path, scratch: Path) -> dict[str, Finding]:
+CLASSES = ("0", "1")
+CHECKS = ChecksSpec()
+
+
+def findings(folder: Path, scratch: Path, checks: ChecksSpec = CHECKS) -> dict[str, Finding]:
     frame = build_manifest(open_source(str(folder)), scratch)
-    return {finding.rule.column: finding for finding in check_images(frame)}
+    return {finding.rule: finding for finding in check_images(frame, CLASSES, checks)}
+
+
+def paths(finding: Finding) -> list[str]:
+    return [offender.path for offender in finding.offenders]
 
 
 def noise() -> Image.Image:
@@ -60,14 +69,21 @@ def turned() -> Image.Exif:
     return exif
 
 
+def strange(folder: Path) -> None:
+    (folder / "2").mkdir()
+    PHOTOS[0].crop((0, 0, 200, 200)).save(folder / "2/planted.png")
+
+
 DEFECTS: dict[str, Plant] = {
-    "usable": lambda folder: (folder / "0/planted.png").write_bytes(b"<html>"),
+    "decodes": lambda folder: (folder / "0/planted.png").write_bytes(b"<html>"),
+    "labelled": strange,
+    "agrees": lambda folder: (folder / "1/planted.png").write_bytes((folder / "0/007.png").read_bytes()),
     "correlation": lambda folder: noise().save(folder / "0/planted.jpg"),
     "contrast": lambda folder: Image.new("RGB", (50, 50), "grey").save(folder / "0/planted.png"),
     "short_side": lambda folder: PHOTOS[0].resize((30, 6)).save(folder / "0/planted.png"),
     "aspect": lambda folder: PHOTOS[0].crop((0, 100, 600, 160)).save(folder / "0/planted.png"),
-    "ordinary": lambda folder: PHOTOS[0].convert("CMYK").save(folder / "0/planted.jpg"),
-    "single": lambda folder: PHOTOS[0].save(folder / "0/planted.webp", save_all=True, append_images=[PHOTOS[1]]),
+    "plain_mode": lambda folder: PHOTOS[0].convert("CMYK").save(folder / "0/planted.jpg"),
+    "num_frames": lambda folder: PHOTOS[0].save(folder / "0/planted.webp", save_all=True, append_images=[PHOTOS[1]]),
     "upright": lambda folder: PHOTOS[0].save(folder / "0/planted.jpg", exif=turned()),
     "unique": lambda folder: (folder / "0/planted.png").write_bytes((folder / "0/007.png").read_bytes()),
     "distinct": lambda folder: Image.open(folder / "0/007.png").save(folder / "0/planted.jpg", quality=60),
@@ -77,28 +93,35 @@ DEFECTS: dict[str, Plant] = {
 }
 
 
+FOUND = {  # what a finding tells of it
+    "decodes": "is no JPEG", "labelled": "2", "agrees": "1; 0/007.png is 0", "contrast": "0", "short_side": "6",
+    "plain_mode": "CMYK", "num_frames": "2", "upright": "3", "unique": "like 0/007.png", "distinct": "like 0/007.png",
+}  # fmt: skip
+
+
 def test_every_rule_has_a_defect() -> None:
-    assert [rule.column for rule in IMAGE_RULES] == list(DEFECTS)
+    assert [rule.name for rule in IMAGE_RULES] == list(DEFECTS)
 
 
 def test_clean_images_pass(photos: Path, tmp_path: Path) -> None:
     """Every rule, though parts of one photograph resemble each other."""
     found = findings(photos, tmp_path / "scratch")
     assert {name for name, finding in found.items() if not finding.passed} <= {"distinct"}
-    assert found["usable"].observed == "100.00 % of 120"
+    assert found["decodes"].observed == "100.00 % of 120"
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_planted_defect_is_named(defect: str, photos: Path, tmp_path: Path) -> None:
     """One bad file: found by its rule; whether that fails depends on the share that the rule allows."""
-    before = findings(photos, tmp_path / "scratch")[defect].offenders
+    before = paths(findings(photos, tmp_path / "scratch")[defect])
     DEFECTS[defect](photos)
     finding = findings(photos, tmp_path / "scratch")[defect]
-    (planted,) = (path.relative_to(photos).as_posix() for path in photos.glob("0/planted.*"))
-    new = set(finding.offenders) - set(before)
-    assert new == {planted}
-    assert finding.passed == (finding.num_offenders <= (1 - finding.rule.share) * 121)
+    (planted,) = (path.relative_to(photos).as_posix() for path in photos.glob("*/planted.*"))
+    assert set(paths(finding)) - set(before) == {planted}
+    share = getattr(CHECKS, defect).share if hasattr(CHECKS, defect) else 1
+    assert finding.passed == (finding.num_offenders <= (1 - share) * 121)
     assert finding.num_offenders == len(finding.offenders) <= SHOWN
+    assert FOUND.get(defect, "") in {offender.path: offender.found for offender in finding.offenders}[planted]
 
 
 def test_a_critical_rule_lets_nothing_pass(photos: Path, tmp_path: Path) -> None:
@@ -106,23 +129,23 @@ def test_a_critical_rule_lets_nothing_pass(photos: Path, tmp_path: Path) -> None
     DEFECTS["correlation"](photos)
     finding = findings(photos, tmp_path / "scratch")["correlation"]
     assert not finding.passed
-    assert finding.rule.severity == "critical"
+    assert finding.severity == "critical"
 
 
 def test_offenders_are_counted_beyond_those_named(photos: Path, tmp_path: Path) -> None:
     """A report is not flooded."""
     for number in range(SHOWN + 5):
         (photos / f"1/bad{number:03}.png").touch()
-    finding = findings(photos, tmp_path / "scratch")["usable"]
+    finding = findings(photos, tmp_path / "scratch")["decodes"]
     assert finding.num_offenders == SHOWN + 5
     assert len(finding.offenders) == SHOWN
-    assert finding.offenders[0] == "1/bad000.png"
+    assert paths(finding)[0] == "1/bad000.png"
 
 
 def test_nothing_to_check_is_an_error() -> None:
     """An empty table would keep every rule."""
     with pytest.raises(DataError, match="lists no images"):
-        check_images(pd.DataFrame())
+        check_images(pd.DataFrame(), CLASSES, CHECKS)
 
 
 def test_images_that_all_fail_to_decode_are_findings(tmp_path: Path) -> None:
@@ -131,16 +154,29 @@ def test_images_that_all_fail_to_decode_are_findings(tmp_path: Path) -> None:
         (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "photos" / name).touch()
     found = findings(tmp_path / "photos", tmp_path / "scratch")
-    assert found["usable"].num_offenders == 2
-    assert not found["usable"].passed
+    assert found["decodes"].num_offenders == 2
+    assert not found["decodes"].passed
 
 
 def test_a_rule_on_a_column_that_is_not_there_is_our_error(photos: Path, tmp_path: Path) -> None:
     """Great Expectations would only note an exception and go on."""
     frame = build_manifest(open_source(str(photos)), tmp_path / "scratch")
-    rule = Rule("no_such_column", "is there", 0, 1, "critical", "Mend the rule.")
+    rule = Rule("no_such_column", "is there", "Mend the rule.")
     with pytest.raises(RuntimeError, match="no_such_column"):
-        check_images(frame, (rule,))
+        check_images(frame, CLASSES, CHECKS, (rule,))
+
+
+def test_a_limit_of_the_spec_is_what_counts(photos: Path, tmp_path: Path) -> None:
+    """One of the data's own, one that is switched off, and one that fails the run now."""
+    DEFECTS["brightness"](photos)
+    checks = ChecksSpec(
+        brightness=Limit(low=0.01), sharpness=Limit(low=0, severity="off"), entropy=Limit(low=7.9, severity="critical")
+    )
+    found = findings(photos, tmp_path / "scratch", checks)
+    assert found["brightness"].num_offenders == 0
+    assert found["brightness"].limit == "at least 0.01 in all of images"
+    assert "sharpness" not in found
+    assert (found["entropy"].passed, found["entropy"].severity) == (False, "critical")
 
 
 RECIPE = PreprocessSpec(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -154,8 +190,10 @@ def members(tmp_path: Path, write_folder: Callable[..., Path]) -> pd.DataFrame:
     return frame
 
 
-def split_findings(members: pd.DataFrame, preprocess: PreprocessSpec = RECIPE) -> dict[str, Finding]:
-    return {finding.rule.column: finding for finding in check_splits(members, preprocess)}
+def split_findings(
+    members: pd.DataFrame, preprocess: PreprocessSpec = RECIPE, past: pd.DataFrame | None = None
+) -> dict[str, Finding]:
+    return {finding.rule: finding for finding in check_splits(members, preprocess, CHECKS, past)}
 
 
 def failing(found: dict[str, Finding]) -> set[str]:
@@ -175,7 +213,10 @@ def test_an_image_in_two_splits_is_named(members: pd.DataFrame) -> None:
     twin, original = gate.assign(split="calibration", path="cat/twin.png"), str(gate["path"].item())
     found = split_findings(pd.concat([members, twin], ignore_index=True))
     assert failing(found) == {"shared"}
-    assert set(found["shared"].offenders) == {"cat/twin.png", original}
+    assert {offender.path: offender.found for offender in found["shared"].offenders} == {
+        original: "in gate, and as cat/twin.png in calibration",
+        "cat/twin.png": f"in calibration, and as {original} in gate",
+    }
     assert found["shared"].num_offenders == 2
 
 
@@ -191,9 +232,9 @@ def test_an_image_that_only_looks_like_one_of_another_split(members: pd.DataFram
 @pytest.mark.parametrize(
     ("mean", "std", "rules"),
     [
-        ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), {"low_spread"}),  # forgotten
-        ((0.485, 0.456, 0.406), (0.0525, 0.05, 0.05), {"high_spread"}),  # applied twice
-        ((124.0, 116.0, 104.0), (58.0, 57.0, 57.0), {"offset", "low_spread"}),  # in 0..255
+        ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), {"spread"}),  # forgotten
+        ((0.485, 0.456, 0.406), (0.0525, 0.05, 0.05), {"spread"}),  # applied twice
+        ((124.0, 116.0, 104.0), (58.0, 57.0, 57.0), {"offset", "spread"}),  # in 0..255
     ],
 )
 def test_a_wrong_normalisation_is_seen(
@@ -206,7 +247,9 @@ def test_a_wrong_normalisation_is_seen(
 def test_few_images_a_missing_class_and_imbalance(members: pd.DataFrame) -> None:
     """Counted in the calibration split alone."""
     dogs = (members["label"] == "dog") & (members["split"] == "calibration")
-    assert failing(split_findings(members[~dogs])) >= {"num_calibration", "missing_classes"}
+    found = split_findings(members[~dogs])
+    assert failing(found) >= {"num_calibration", "missing_classes"}
+    assert paths(found["missing_classes"]) == ["calibration: dog"]
     few = members.drop(members[dogs].index[3:])
     assert "imbalance" in failing(split_findings(few))
 
@@ -215,9 +258,30 @@ def test_drift_is_seen(members: pd.DataFrame) -> None:
     """Calibration images by night, gate images by day."""
     night = members["split"] == "calibration"
     members.loc[night, "brightness"] *= 0.5
-    assert failing(split_findings(members)) == {"drift"}
+    found = split_findings(members)
+    assert failing(found) == {"drift_psi", "drift_ks"}
+    assert found["drift_psi"].observed.endswith("(brightness)")
+
+
+def test_chance_is_no_drift(members: pd.DataFrame) -> None:
+    """The fewer images, the farther they may be apart before it means anything."""
+    few = members.groupby("split").head(12)
+    found = split_findings(few)
+    assert float(found["drift_psi"].observed.split()[0]) > CHECKS.drift_psi.high  # type: ignore[operator]
+    assert not {"drift_psi", "drift_ks"} & failing(found)
+    assert found["drift_psi"].limit != split_findings(members)["drift_psi"].limit
+
+
+def test_drift_from_what_was_accepted_before(members: pd.DataFrame) -> None:
+    """Judged only if there is a past."""
+    past = members[members["split"] == "calibration"].copy()
+    assert failing(split_findings(members, past=past)) == set()
+    past["sharpness"] *= 2
+    found = split_findings(members, past=past)
+    assert failing(found) == {"past_psi", "past_ks"}
+    assert "past_psi" not in split_findings(members)
 
 
 def test_an_empty_split_is_an_error(members: pd.DataFrame) -> None:
     with pytest.raises(DataError, match="calibration split has no image"):
-        check_splits(members[members["split"] == "gate"], RECIPE)
+        check_splits(members[members["split"] == "gate"], RECIPE, CHECKS)

@@ -145,14 +145,14 @@ def test_a_gate_with_fewer_classes_keeps_their_labels(write_folder: WriteFolder,
     """Label numbers are those of the source."""
     source = write_folder({"ape": 10, "bee": 10, "cow": 10})
     gate = write_folder({"cow": 2, "bee": 2}, name="gate", first_seed=1000)
-    prepared = prepare(source, tmp_path, gate_source=str(gate), calibration=5, require_every_class=False)
+    prepared = prepare(source, tmp_path, gate_source=str(gate), calibration=5)
     assert sorted(prepared.split("gate").labels.tolist()) == [1, 1, 2, 2]
 
 
 def test_an_unknown_class_in_the_gate_is_refused(folder: Path, write_folder: WriteFolder, tmp_path: Path) -> None:
     """The model has no output for it."""
     gate = write_folder({"cat": 1, "owl": 1}, name="gate", first_seed=1000)
-    with pytest.raises(DataError, match=r"gate has classes that data\.source lacks: owl"):
+    with pytest.raises(DataError, match=r"gate has classes that are not the model's: owl"):
         prepare(folder, tmp_path, gate_source=str(gate))
 
 

@@ -29,8 +29,8 @@ def decoded(labels: Sequence[int], *, contents: Sequence[object] | None = None, 
     )
 
 
-def spec(calibration: int = 4, selection: float = 0.2, gate: float = 0.3, *, every_class: bool = False) -> DataSpec:
-    return DataSpec(calibration=calibration, selection=selection, gate=gate, require_every_class=every_class)
+def spec(calibration: int = 4, selection: float = 0.2, gate: float = 0.3) -> DataSpec:
+    return DataSpec(calibration=calibration, selection=selection, gate=gate)
 
 
 def members(images: DecodedImages, splits: Splits) -> dict[SplitName, list[bytes]]:
@@ -115,7 +115,7 @@ def test_shares_are_of_the_source_and_at_least_one() -> None:
 
 def test_train_may_be_empty() -> None:
     """Calibration alone needs no training images, and an empty train split lacks no class."""
-    splits = split_images(decoded([0, 1] * 10), spec(10, selection=4, gate=6, every_class=True), 0)
+    splits = split_images(decoded([0, 1] * 10), spec(10, selection=4, gate=6), 0)
     assert len(splits.rows["train"]) == 0
 
 
@@ -159,20 +159,3 @@ def test_fewer_images_than_asked_are_refused(contents: list[int] | None, dropped
     message = rf"ask for 24 images \(6 gate \+ 4 selection \+ 14 calibration\), but digits has \d+{dropped}"
     with pytest.raises(DataError, match=message):
         split_images(images, spec(14, selection=4, gate=6), 0)
-
-
-def test_a_class_missing_in_a_split_is_refused_unless_allowed() -> None:
-    """Class and split are named, with the remedy."""
-    images = decoded([0] * 20 + [1] * 2)
-    with pytest.raises(DataError) as caught:
-        split_images(images, spec(2, selection=2, gate=2, every_class=True), 0)
-    assert "lacks class1" in str(caught.value)
-    assert "data.require_every_class: false" in caught.value.remedy
-    split_images(images, spec(2, selection=2, gate=2, every_class=False), 0)
-
-
-def test_a_class_missing_in_the_gates_own_source_is_refused() -> None:
-    """It could not be judged."""
-    gate = decoded([0, 0], contents=["a", "b"])
-    with pytest.raises(DataError, match="every split: gate lacks class1"):
-        split_images(decoded([0, 1] * 10), spec(every_class=True), 0, gate)

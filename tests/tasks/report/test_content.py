@@ -66,7 +66,7 @@ def test_a_drop_whose_interval_crosses_its_limit_is_doubted(report: RunReport) -
     change = report.comparison.model_copy(update={"top1_drop": 0.8, "top1_drop_interval": (0.2, 1.4)})
     doubtful = report.model_copy(update={"comparison": change, "notes": ("Noted.",)})
     assert cautions(doubtful)[0] == "Noted."
-    assert "interval reaches 1.40: 3,900 gate images are too few" in cautions(doubtful)[1]
+    assert "interval reaches 1.40: 3,900 gate images are too few" in cautions(doubtful)[-1]
     clear = change.model_copy(update={"top1_drop_interval": (0.6, 1.0)})
     assert cautions(report.model_copy(update={"comparison": clear})) == ()
     failed = change.model_copy(update={"top1_drop": 1.2})

@@ -1,0 +1,114 @@
+"""Step: which images ranges are measured on, and whether the float model sees in them what it sees in the gate's."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from prefect import get_run_logger
+
+from tasks.contracts.errors import DataRejected
+from tasks.contracts.records import Choice, DataRecord, ModelRecord
+from tasks.contracts.spec import RunSpec
+from tasks.data.checks import check_model_view
+from tasks.data.choose import cover, radius
+from tasks.data.images import ImageSet, PreparedImages
+from tasks.load_model import float_model
+from tasks.models.features import features_of
+from tasks.step import Progress, remember, step, the_device, the_images, the_store
+from tasks.stores.base import Store
+from tasks.stores.steps import JSON
+
+MAX_REFERENCE = 1024  # gate images that features are compared with
+CANDIDATES = 16  # for each image that coverage chooses, at most so many are looked at
+
+
+@step("choose calibration images")
+def choose_calibration(spec: RunSpec, data: DataRecord, model: ModelRecord) -> Choice:
+    """By the spec's method. Drift is judged on a fair draw, whatever the method then chooses from it.
+
+    Raises:
+        DataRejected: if a rule about the float model's view is critical and broken.
+    """
+    device = the_device()
+
+    def compute(store: Store, work: Path) -> Choice:
+        network, images = float_model(model, work).to(device), the_images(spec)
+        progress = Progress("looking at images through the float model")
+
+        def view(part: ImageSet, limit: int) -> tuple[np.ndarray, np.ndarray]:
+            count = min(limit, len(part))
+            batches = (
+                torch.from_numpy(batch).to(device) for batch, _ in part.batches(spec.evaluation.batch_size, limit=limit)
+            )
+            return features_of(network, batches, lambda done: progress(done, count))
+
+        calibration = images.split("calibration")
+        num_candidates = len(calibration)
+        candidates, train = view(calibration, num_candidates), images.split("train")
+        findings = check_model_view(
+            view(images.split("gate"), MAX_REFERENCE), candidates, model.num_classes, spec.data.checks
+        )
+        rows, features_ND = calibration.rows, candidates[0]
+        chosen = np.arange(num_candidates)
+        if spec.data.choice == "coverage":
+            more, _ = view(train, (CANDIDATES - 1) * num_candidates)
+            features_ND = np.concatenate([features_ND, more])
+            labels_N = np.concatenate([calibration.labels, train.labels[: len(more)]])
+            rows = np.concatenate([rows, train.rows[: len(more)]])
+            counts_K = np.bincount(calibration.labels, minlength=model.num_classes)
+            chosen = cover(features_ND, labels_N, counts_K, spec.seed)
+        path = work / "calibration.parquet"
+        digest = _write(images, rows[chosen], path)
+        return Choice(
+            method=spec.data.choice,
+            num_candidates=len(rows),
+            radius=radius(features_ND, chosen),
+            findings=findings,
+            digest=digest,
+            images=store.put(path, kind="calibration"),
+        )
+
+    inputs: dict[str, JSON] = {
+        "images": data.digest,
+        "model": model.model_dump(mode="json"),
+        "choice": spec.data.choice,
+        "checks": spec.data.checks.model_dump(mode="json", include={"feature_ks", "answer_psi"}),
+        "seed": spec.seed,
+        "device": device.type,
+    }
+    choice = remember("choose_calibration", __name__, inputs, Choice, compute)
+    for finding in choice.findings:
+        if not finding.passed:
+            problem = f"data: {finding.rule} is {finding.observed}, not {finding.limit}"
+            if finding.severity == "critical":
+                raise DataRejected(f"{problem}.", remedy=finding.remedy)
+            get_run_logger().warning("%s. %s", problem, finding.remedy)
+    return choice
+
+
+def chosen_images(spec: RunSpec, choice: Choice, work: Path) -> PreparedImages:
+    """All splits, with the chosen images as calibration split. Images are known by their pixels, wherever they lie."""
+    images = the_images(spec)
+    if choice.method == "stratified":
+        return images
+    pixels = pq.read_table(the_store().fetch(choice.images, work))["pixels"].to_pylist()
+    rows = np.concatenate([images.splits.rows["calibration"], images.splits.rows["train"]])
+    row_of = dict(zip(images.images.digests[rows].tolist(), rows.tolist(), strict=True))
+    return images.calibrating_on(np.array([row_of[digest.encode()] for digest in pixels]))
+
+
+def _write(images: PreparedImages, rows: np.ndarray, path: Path) -> str:
+    home = images.images
+    pixels = [digest.decode() for digest in home.digests[rows].tolist()]
+    table = {
+        "path": [home.names[row] for row in rows],
+        "label": [home.class_names[label] for label in home.labels[rows]],
+        "pixels": pixels,
+    }
+    pq.write_table(pa.table(table), path)
+    return hashlib.sha256("".join(pixels).encode()).hexdigest()
