@@ -182,6 +182,10 @@ class Place:
         files = [path for path in (self.store / below).rglob("*") if path.is_file()]
         return {path.relative_to(self.store).as_posix(): path.stat().st_mtime_ns for path in files}
 
+    def records(self) -> list[str]:
+        """Of runs that got to their end; what the data contract found is told before."""
+        return [key for key in self.stored("models") if not key.endswith("/data.html")]
+
     def leftovers(self) -> list[str]:
         """What a run must take away with it, however it ends."""
         names = (path.name for root in (self.store, self.scratch) for path in root.rglob("*"))

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 from tasks.contracts.errors import (
     DataError,
@@ -66,6 +67,13 @@ def spoilt_files(place: Place) -> Sections:
     first.write_bytes(first.read_bytes()[:200])
     second.write_bytes(b"")
     third.write_text("<html>404</html>")
+    return {}
+
+
+def noise(place: Place) -> Sections:
+    random = np.random.default_rng(0)
+    for path in (place.path / "shapes" / "disc").iterdir():
+        Image.fromarray(random.integers(0, 256, (40, 40, 3), np.uint8)).save(path)
     return {}
 
 
@@ -129,6 +137,17 @@ CASES: dict[str, tuple[Callable[[Place], Sections], type[RequantError], str]] = 
         DataRejected,
         r"decodes is 98.75 % of 240, not at least 1 in all of images: disc/00.png \(.*02.png \(is no JPEG",
     ),
+    "noise": (noise, DataRejected, r"correlation is 66.67 % of 240, not at least 0.2 .*disc/00.png \("),
+    "a class that the model has not": (
+        asked(model={"class_names": ["disc", "square", "ring"]}),
+        DataRejected,
+        r"labelled is 66.67 % of 240, .*stripes/00.png \(stripes\)",
+    ),
+    "a forgotten normalisation": (
+        asked(data={"preprocess": {"resize": 32, "mean": [127, 127, 127], "std": [50, 50, 50]}}),
+        DataRejected,
+        "offset is .*; spread is",
+    ),
     "crop above the images": (asked(data={"preprocess": {"crop": 64}}), DataError, "less than the crop of 64x64"),
     "no preprocessing": (asked(data={"preprocess": None}), SpecError, "Nothing says how images become the input"),
     "no weights": (asked(model={"weights": None}), ModelError, "model.weights is not given"),
@@ -179,7 +198,7 @@ def test_a_run_refuses(case: str, place: Place, mobile: dict[str, Any]) -> None:
     assert len([line for line in run.log if run.error.problem in line]) == 1
     assert "Traceback" not in "\n".join(run.log)
     assert place.leftovers() == []
-    assert place.stored("models") == {}
+    assert place.records() == []
     assert not (place.path / "burst").exists()
 
 
@@ -192,7 +211,7 @@ def test_a_gpu_that_is_not_there_is_not_replaced(
     run = place.run(mobile)
     assert run.state.is_failed()
     assert "REQUANT_DEVICE is cuda" in str(run.error)
-    assert place.stored("models") == {}
+    assert place.records() == []
 
 
 @contextmanager
@@ -233,7 +252,7 @@ def test_a_disk_that_cannot_be_written_is_one_clear_error(
         assert re.search("REQUANT_STORE|REQUANT_SCRATCH|[Cc]heck", run.error.remedy)
         assert "Traceback" not in "\n".join(run.log)
         assert place.leftovers() == []
-        assert place.stored("models") == {}
+        assert place.records() == []
 
 
 def test_a_store_that_is_a_file_is_refused(place: Place, mobile: dict[str, Any]) -> None:
@@ -300,7 +319,7 @@ def test_a_command_that_fails_in_a_step_ends_with_one_error(place: Place, prefec
     assert "another architecture" in remedy
     assert end.stdout == ""
     assert place.leftovers() == []
-    assert place.stored("models") == {}
+    assert place.records() == []
 
 
 def test_a_command_that_a_gate_rejects_ends_with_status_3(after_first: Place, prefect_server: str) -> None:

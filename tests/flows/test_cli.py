@@ -127,3 +127,26 @@ def test_a_folder_of_images_needs_no_file_but_its_preprocessing(place: Place, mo
     assert "/models/mobile/runs/" in report
     assert "Traceback" not in end.stderr
     assert place.leftovers() == []
+
+
+def test_data_are_checked_by_themselves(place: Place) -> None:
+    """Without Prefect; what fails CI has a status of its own, and the page lies where it was asked for."""
+    clean = place.call("check-data", "mobile.yaml")
+    assert clean.status == 0, clean.stderr
+    assert clean.stdout.splitlines()[0].startswith("The data keep all ")
+    assert (place.store / "models/mobile/data.html").is_file()
+
+    (place.path / "shapes/disc/00.png").write_text("<html>404</html>")
+    end = place.call("check-data", "mobile.yaml", "--report", "data.html")
+    assert end.status == 3
+    assert "critical  decodes: decodes completely" in end.stdout
+    assert "    disc/00.png (is no JPEG, PNG" in end.stdout
+    assert end.stdout.rstrip().endswith("report: data.html")
+    assert end.stderr.startswith("Rejected: shapes breaks the data contract: decodes is 99.58 % of 240")
+    assert "disc/00.png" in (place.path / "data.html").read_text()
+
+    end = place.call("check-data", "mobile.yaml", "--report", "nowhere/data.html")
+    assert end.status == 1
+    assert end.stderr.startswith("StoreError: nowhere/data.html cannot be written")
+    assert "Traceback" not in clean.stderr + end.stderr
+    assert place.leftovers() == []

@@ -17,11 +17,12 @@ import onnx
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.client.schemas.objects import StateType
 
-from tasks.contracts.errors import GateRejected
+from tasks.contracts.errors import DataRejected, GateRejected
 from tasks.contracts.records import SPLITS
 from tasks.engines.onnxruntime import OnnxRuntimeEngine
 from tasks.report.content import RunReport
@@ -141,6 +142,41 @@ def test_a_second_identical_run_computes_nothing_and_says_so(after_first: Place,
     new = after_first.stored().items() - before.items()
     assert {Path(key).parent.name for key, _ in new} == {run.report.run_id}
     assert len(runs_in(after_first, "plain")) == 2
+
+
+def test_poisoned_data_end_the_run_before_anything_else(after_first: Place, mobile: dict[str, Any]) -> None:
+    """No model is loaded; the report with the offenders is in the store and on the run's page."""
+    for number in range(5):
+        Image.new("RGB", (40, 40), "grey").save(after_first.path / f"shapes/disc/grey{number}.png")
+    run = after_first.run(mobile)
+    assert isinstance(run.error, DataRejected)
+    assert steps_done(run) == ("check_data",)
+    assert runs_in(after_first, "mobile").popitem()[1] == {"data.html"}
+    chosen = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.flow_run_id]))
+    with get_client(sync_client=True) as client:
+        artifacts = {artifact.key: artifact for artifact in client.read_artifacts(artifact_filter=chosen)}
+    text = str(artifacts["data-mobile"].data)
+    assert text.startswith("# ❌ mobile: Rejected: the data break ")
+    assert "disc/grey0.png" in text
+    assert "![](data:image/jpeg;base64," in text
+
+
+def test_calibration_images_that_cover_and_other_draws(after_first: Place, plain: dict[str, Any]) -> None:
+    """The chosen ones are on record, nothing before is done again, and the spread over draws is reported."""
+    run = after_first.run(plain, data={"choice": "coverage", "draws": 2}, quant={"search": False})
+    assert run.state.is_completed()
+    assert steps_taken(run) == ("load_model", "score_float")
+    choice, draws = run.report.choice, run.report.draws
+    chosen = pq.read_table(LocalStore(after_first.store).local_path(choice.images)).to_pandas()
+    members = pq.read_table(LocalStore(after_first.store).local_path(run.report.data.members)).to_pandas()
+    home = members.set_index("pixels")["split"][chosen["pixels"]]
+    assert len(set(chosen["pixels"])) == 64
+    assert set(home) == {"calibration", "train"}
+    assert choice.num_candidates == 16 * 64
+    assert draws is not None
+    assert len(draws.top1) == 2
+    assert all(draws.chosen_top1 - 10 < top1 <= 100 for top1 in draws.top1)
+    assert "on 2 other draws it is" in "\n".join(path.read_text() for path in after_first.store.rglob("report.md"))
 
 
 def test_other_gates_only_judge_anew(after_first: Place, plain: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from tasks.contracts.errors import SpecError
-from tasks.contracts.spec import RunSpec, read_spec, spec_from
+from tasks.contracts.spec import ChecksSpec, DataSpec, Limit, RunSpec, read_spec, spec_from
 
 ORIGIN = "resnet.yaml"
 
@@ -124,3 +124,36 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_spec(tmp_path / "gone.yaml")
     with pytest.raises(SpecError, match="Is a directory"):
         read_spec(tmp_path)
+
+
+def test_what_is_not_said_of_a_limit_stays() -> None:
+    """In a file one writes only what differs."""
+    given = {"aspect": {"share": 0.5}, "contrast": {"severity": "off"}, "num_calibration": {"low": 7}}
+    checks = spec_from({"name": "x", "data": {"checks": given}}, origin="spec").data.checks
+    assert checks.aspect == Limit(low=0.35, share=0.5)
+    assert (checks.contrast.low, checks.contrast.severity) == (1.0, "off")
+    assert (checks.num_calibration.low, checks.num_calibration.severity) == (7, "critical")
+    assert checks.entropy == ChecksSpec().entropy
+    assert DataSpec.model_validate_json(DataSpec(checks=checks).model_dump_json()).checks == checks
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"sharpnes": {"low": 1}}, r"data.checks.sharpnes is not a key \(known: correlation,"),
+        ({"unique": {"low": None}}, "data.checks.unique: a limit needs low or high"),
+        ({"spread": {"low": 3}}, "data.checks.spread: low 3 is above high 2"),
+        ({"aspect": {"share": 2}}, "data.checks.aspect.share: input should be less than or equal to 1"),
+        ({"aspect": {"lowest": 2}}, "data.checks.aspect.lowest is not a key"),
+    ],
+)
+def test_a_limit_that_makes_no_sense_is_refused(given: dict[str, Any], words: str) -> None:
+    """By its key."""
+    with pytest.raises(SpecError, match=words):
+        spec_from({"name": "x", "data": {"checks": given}}, origin="spec")
+
+
+def test_class_names_are_as_many_as_outputs_and_differ() -> None:
+    for model in ({"class_names": ["a", "b"], "num_classes": 3}, {"class_names": ["a", "a"]}):
+        with pytest.raises(SpecError, match="class_names has"):
+            spec_from({"name": "x", "model": model}, origin="spec")

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -130,7 +132,8 @@ def test_what_a_file_says_is_kept(write_folder: Callable[..., Path], tmp_path: P
     exif[0x0112] = 6
     Image.new("RGB", (20, 10)).save(folder / "cat/turned.jpg", exif=exif)
     frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "blue", "green")]
-    frames[0].save(folder / "cat/moving.webp", save_all=True, append_images=frames[1:])
+    for name in ("cat/moving.webp", "cat/moving.gif"):
+        frames[0].save(folder / name, save_all=True, append_images=frames[1:])
     frame = build_manifest(open_source(str(folder)), tmp_path / "scratch").set_index("path")
     assert frame["fault"].isna().all()
     assert frame.loc["cat/cmyk.jpg", "mode"] == "CMYK"
@@ -139,6 +142,37 @@ def test_what_a_file_says_is_kept(write_folder: Callable[..., Path], tmp_path: P
     turned = frame.loc["cat/turned.jpg"]
     assert (turned["orientation"], turned["width"], turned["height"]) == (6, 20, 10)
     assert frame.loc["cat/moving.webp", "num_frames"] == 3
+    assert frame.loc["cat/moving.gif", "num_frames"] == 3
+    assert frame.loc["cat/moving.gif", "mean_r"] == 255  # the first is what counts
+
+
+def test_a_decompression_bomb_is_a_fault(write_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """A few bytes that claim to be gigapixels are not unpacked."""
+    folder = write_folder({"cat": 1, "dog": 1})
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100_000)))
+    (folder / "cat/bomb.png").write_bytes(png)
+    frame = build_manifest(open_source(str(folder)), tmp_path / "scratch").set_index("path")
+    assert "decompression bomb" in str(frame.loc["cat/bomb.png", "fault"])
+
+
+def test_an_unreadable_file_is_a_fault(write_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """One that vanished since it was listed, one that is a folder, and, unless we are root, one without rights."""
+    folder = write_folder({"cat": 4, "dog": 1})
+    source = open_source(str(folder))
+    (folder / "cat/000.png").unlink()
+    (folder / "cat/001.png").unlink()
+    (folder / "cat/001.png").mkdir()
+    (folder / "cat/002.png").chmod(0)
+    frame = build_manifest(source, tmp_path / "scratch").set_index("path")
+    assert frame.loc["cat/000.png", "fault"] == "No such file or directory"
+    assert frame.loc["cat/001.png", "fault"] == "Is a directory"
+    assert frame.loc["cat/002.png", "fault"] == "Permission denied" or os.geteuid() == 0
+    assert frame["fault"].isna().sum() == (3 if os.geteuid() == 0 else 2)
 
 
 def test_images_in_memory_have_a_manifest_too(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -71,7 +73,7 @@ def test_orientation_is_applied(write_folder: Callable[..., Path], photo: Callab
     assert upright.tobytes() == photo(0, width=30, height=20).transpose(Image.Transpose.ROTATE_270).tobytes()
 
 
-@pytest.mark.parametrize("spoil", ["truncated", "empty", "text", "gif", "missing", "folder"])
+@pytest.mark.parametrize("spoil", ["truncated", "empty", "text", "tga", "missing", "folder"])
 def test_a_file_that_is_no_image_is_named(
     write_folder: Callable[..., Path], photo: Callable[..., Image.Image], spoil: str
 ) -> None:
@@ -81,8 +83,8 @@ def test_a_file_that_is_no_image_is_named(
     photo(0).save(path)
     content = path.read_bytes()
     source = open_source(str(folder))
-    if spoil == "gif":
-        photo(0, mode="P").save(path, format="GIF")
+    if spoil == "tga":
+        photo(0).save(path, format="TGA")
     elif spoil in ("missing", "folder"):
         path.unlink()
         if spoil == "folder":
@@ -200,6 +202,17 @@ def test_a_missing_or_broken_manifest_is_refused(tmp_path: Path) -> None:
     (tmp_path / "list.parquet").write_text("not Parquet")
     with pytest.raises(DataError, match=r"list\.parquet cannot be read"):
         open_source(str(tmp_path / "list.parquet"))
+
+
+def test_one_bad_row_in_a_million_is_named(write_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """In seconds, and by its path."""
+    folder = write_folder({"a": 1, "b": 1})
+    paths = ["a/000.png", "b/000.png"] * 500_000
+    paths[777_777] = "/etc/passwd"
+    pq.write_table(pa.table({"path": paths, "label": ["a", "b"] * 500_000}), folder / "images.parquet")
+    with pytest.raises(DataError, match=r"1 of 1000000 paths lead out of .*: /etc/passwd\.") as caught:
+        open_source(str(folder / "images.parquet"))
+    assert "relative to data.root" in caught.value.remedy
 
 
 def test_fractional_labels_are_refused(tmp_path: Path) -> None:

@@ -7,7 +7,10 @@ import pytest
 from tasks.contracts.records import Decision, LayerError, Verdict
 from tasks.report.content import (
     RunReport,
+    broken_first,
+    calibration_text,
     cautions,
+    check_headline,
     class_changes,
     costs_by_op,
     duration,
@@ -65,12 +68,40 @@ def test_a_drop_whose_interval_crosses_its_limit_is_doubted(report: RunReport) -
     """Between proof and failure lies a caution; the run's own notes stay."""
     change = report.comparison.model_copy(update={"top1_drop": 0.8, "top1_drop_interval": (0.2, 1.4)})
     doubtful = report.model_copy(update={"comparison": change, "notes": ("Noted.",)})
-    assert cautions(doubtful)[0] == "Noted."
+    assert cautions(doubtful)[:2] == ("Noted.", *cautions(report))
     assert "interval reaches 1.40: 3,900 gate images are too few" in cautions(doubtful)[-1]
     clear = change.model_copy(update={"top1_drop_interval": (0.6, 1.0)})
-    assert cautions(report.model_copy(update={"comparison": clear})) == ()
+    assert cautions(report.model_copy(update={"comparison": clear})) == cautions(report)
     failed = change.model_copy(update={"top1_drop": 1.2})
-    assert cautions(report.model_copy(update={"comparison": failed})) == ()
+    assert cautions(report.model_copy(update={"comparison": failed})) == cautions(report)
+
+
+def test_what_the_data_are_warned_of_is_a_caution(report: RunReport) -> None:
+    """With what was found and what to do."""
+    assert cautions(report) == (
+        "Data: sharpness is 93.10 % of 13,017, not at least 12 in 95 % of images. Look at the focus.",
+    )
+
+
+def test_the_choice_of_calibration_images_is_told(report: RunReport, rejected: RunReport) -> None:
+    """By draw or by coverage, and what other draws came to if that was asked."""
+    assert calibration_text(report).startswith("512 images, a stratified draw. What other draws")
+    text = calibration_text(rejected)
+    assert "cover the float model's features of 7,312" in text
+    assert "91.10 % of 1,500 selection images; on 3 other draws it is 90.90 to 91.30 % (mean 91.07 %)" in text
+
+
+def test_findings_are_told_by_their_weight(report: RunReport) -> None:
+    """The headline counts them, and what fails the run comes first."""
+    (warning,) = report.check.findings
+    kept = warning.model_copy(update={"passed": True, "rule": "kept"})
+    critical = warning.model_copy(update={"severity": "critical", "rule": "worse"})
+    assert check_headline([kept]) == "The data keep all 1 rules"
+    assert check_headline([kept, warning]) == "The data keep all critical rules, with 1 warning"
+    assert (
+        check_headline([warning, critical, warning]) == "Rejected: the data break 1 of 3 rules, with 2 warnings besides"
+    )
+    assert [finding.rule for finding in broken_first([kept, warning, critical])] == ["worse", "sharpness", "kept"]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import yaml
 from tasks.contracts.records import Decision
 from tasks.contracts.spec import spec_from
 from tasks.report.content import RunReport
-from tasks.report.html import as_html
+from tasks.report.html import as_html, check_as_html
 
 VOID = {"meta", "source", "img", "br", "link", "input", "hr"}
 
@@ -151,3 +151,21 @@ def test_scoring_gates_and_report_do_without_torch_and_pyplot() -> None:
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert {"torch", "prefect", "matplotlib.pyplot"}.isdisjoint(loaded)
     assert "matplotlib.figure" in loaded
+
+
+def test_the_page_on_the_data_shows_offenders_and_loads_nothing(report: RunReport) -> None:
+    """Pictures are inside; names from outside open no tag."""
+    picture = "data:image/jpeg;base64,AAAA"
+    text = check_as_html("pets", report.check, {"saw/<b>|0007.jpg": picture})
+    page = Page(text)
+    assert [attributes["src"] for tag, attributes in page.elements if tag == "img"] == [picture]
+    assert {"script", "link", "iframe", "b"}.isdisjoint(tag for tag, _ in page.elements)
+    for words in (
+        "with 1 warning",
+        "sharpness: is not blurred",
+        "93.10 %",
+        "Look at the focus.",
+        "<b>|0007.jpg",
+        "of 898",
+    ):
+        assert words in page.text()

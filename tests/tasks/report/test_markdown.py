@@ -9,7 +9,7 @@ from tasks.contracts.records import LayerError
 from tasks.contracts.spec import GatesSpec
 from tasks.gates.judge import judge
 from tasks.report.content import RunReport
-from tasks.report.markdown import as_markdown, gate_rows
+from tasks.report.markdown import as_markdown, check_as_markdown, gate_rows
 
 
 def test_the_verdict_comes_first_and_the_gates_follow(rejected: RunReport) -> None:
@@ -87,3 +87,17 @@ def test_gate_rows_are_plain_and_fit_strict_json() -> None:
     assert by_gate["max_top1_drop"]["measured"] is None
     assert by_gate["min_speedup"]["measured"] is None
     assert not by_gate["min_speedup"]["passed"]
+
+
+def test_findings_on_the_data_come_with_their_offenders(report: RunReport) -> None:
+    """What is broken first; pictures where there are some, names escaped, and how many are not named."""
+    kept = report.check.findings[0].model_copy(update={"rule": "kept", "passed": True, "offenders": ()})
+    check = report.check.model_copy(update={"findings": (kept, *report.check.findings)})
+    text = check_as_markdown("pets", check, {"saw/<b>|0007.jpg": "data:image/jpeg;base64,AAAA"})
+    lines = text.splitlines()
+    assert lines[0] == "# ✅ pets: The data keep all critical rules, with 1 warning"
+    assert "compared with the data of run 20260301T010004-0b54f1d8" in text
+    rows = [line for line in lines if line.startswith(("| ⚠️ warning", "| ✅"))]
+    assert [row.split(" | ")[1].partition(":")[0] for row in rows] == ["sharpness", "kept"]
+    assert "| ![](data:image/jpeg;base64,AAAA) | saw/&lt;b>\\|0007.jpg | 3.2 |" in lines
+    assert lines[-1] == "And 897 more."
