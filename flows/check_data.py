@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich.console import Console
 from rich.progress import Progress
 
 from tasks.contracts.errors import StoreError
@@ -71,6 +72,6 @@ def lines_of(check: DataCheck) -> Iterator[str]:
 
 @contextmanager
 def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    with Progress() as bars:
+    with Progress(console=Console(stderr=True)) as bars:
         task = bars.add_task(title, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)

@@ -115,6 +115,7 @@ def test_a_folder_of_images_needs_no_file_but_its_preprocessing(place: Place, mo
     command = (
         "run", "--model", "networks:mobile", "--weights", "mobile.safetensors", "--data", "shapes",
         "--target", "onnxruntime", "--set", "data.calibration=48", "--set", "quant.search=false",
+        "--set", "data.checks.num_calibration.low=32",
         "--set", f"evaluation={mobile['evaluation']}", "--set", f"gates={mobile['gates']}".replace("None", "null"),
     )  # fmt: skip
     end = place.call(*command, "--set", "data.preprocess.resize=32")
@@ -142,11 +143,11 @@ def test_data_are_checked_by_themselves(place: Place) -> None:
     assert "critical  decodes: decodes completely" in end.stdout
     assert "    disc/00.png (is no JPEG, PNG" in end.stdout
     assert end.stdout.rstrip().endswith("report: data.html")
-    assert end.stderr.startswith("Rejected: shapes breaks the data contract: decodes is 99.58 % of 240")
+    assert "Rejected: shapes breaks the data contract: decodes is 99.58 % of 240" in end.stderr
     assert "disc/00.png" in (place.path / "data.html").read_text()
 
     end = place.call("check-data", "mobile.yaml", "--report", "nowhere/data.html")
     assert end.status == 1
-    assert end.stderr.startswith("StoreError: nowhere/data.html cannot be written")
+    assert "StoreError: nowhere/data.html cannot be written" in end.stderr
     assert "Traceback" not in clean.stderr + end.stderr
     assert place.leftovers() == []
