@@ -25,7 +25,7 @@ _LEVELS_L = np.arange(256.0)
 
 @dataclass(frozen=True)
 class Look:
-    """What is kept of one image to measure it: a few kilobytes, however large it is."""
+    """What is kept of one image to measure it: some kilobytes, unless it is very long and thin."""
 
     colours: list[int]  # counts of the levels of three channels
     entropy: float
