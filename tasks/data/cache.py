@@ -151,7 +151,11 @@ def _write_pixels(file: BinaryIO, source: Source, preprocess: PreprocessSpec, pr
     return digests
 
 
-def _decode(source: Source, preprocess: PreprocessSpec, row: int) -> _Decoded | DataError:
+def _decode(source: Source, preprocess: PreprocessSpec, rows: Sequence[int]) -> list[_Decoded | DataError]:
+    return [_decode_one(source, preprocess, row) for row in rows]
+
+
+def _decode_one(source: Source, preprocess: PreprocessSpec, row: int) -> _Decoded | DataError:
     """One image, or what is wrong with it, so that the others are still looked at."""
     name = source.names[row]
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import count, islice
@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from tasks.contracts.errors import DataError
 from tasks.data.cache import disk_errors, locked, pixels_digest
-from tasks.data.measure import THUMBNAIL, measure_image
+from tasks.data.measure import THUMBNAIL, Look, look_at, measure
 from tasks.data.parallel import in_parallel
 from tasks.data.sources import Source
 from tasks.stores.workspace import replacing
@@ -31,6 +31,7 @@ from tasks.stores.workspace import replacing
 Progress = Callable[[int, int], None]
 
 PART = 2048  # images that a kill may cost
+_VERSION = 2  # of `tasks.data.measure`: what another one measured is not used
 
 _NUMBERS = (
     *(f"{statistic}_{channel}" for statistic in ("mean", "std") for channel in "rgb"),
@@ -64,7 +65,7 @@ def build_manifest(source: Source, scratch: Path, progress: Progress | None = No
     Raises:
         StoreError: if `scratch` cannot be written.
     """
-    key = hashlib.sha256(json.dumps([source.home, str(SCHEMA), PIL.__version__]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([source.home, str(SCHEMA), PIL.__version__, _VERSION]).encode()).hexdigest()
     folder = scratch / "manifests" / key
     names = [shown(name) for name in source.names]
     with disk_errors(folder.parent):
@@ -111,7 +112,7 @@ def _measured(
 ) -> list[pa.Table]:
     parts: list[pa.Table] = []
     first = len(list(folder.glob("part-*.parquet")))
-    with closing(in_parallel(partial(_row, source, names, states_N2), rows.tolist())) as measured:
+    with closing(in_parallel(partial(_rows, source, names, states_N2), rows.tolist())) as measured:
         for number in count(first):
             records = list(islice(measured, PART))
             if not records:
@@ -123,7 +124,15 @@ def _measured(
     return parts
 
 
-def _row(source: Source, names: list[str], states_N2: np.ndarray, row: int) -> dict[str, Any]:
+def _rows(source: Source, names: list[str], states_N2: np.ndarray, rows: Sequence[int]) -> list[dict[str, Any]]:
+    looks: list[Look] = []
+    records = [_record(source, names, states_N2, row, looks) for row in rows]
+    measured = iter(measure(looks))
+    return [record if "fault" in record else {**record, **next(measured)} for record in records]
+
+
+def _record(source: Source, names: list[str], states_N2: np.ndarray, row: int, looks: list[Look]) -> dict[str, Any]:
+    """What a row holds but for what is measured on looks; the look is appended to `looks`, unless there is a fault."""
     size, time = states_N2[row].tolist()
     known = {"path": names[row], "state_size": size, "state_time": time}
     if names[row] != source.names[row]:
@@ -132,6 +141,7 @@ def _row(source: Source, names: list[str], states_N2: np.ndarray, row: int) -> d
         found = source.inspect(row)
     except DataError as error:
         return {**known, "fault": error.problem.removeprefix(f"{names[row]}: ")}
+    looks.append(look_at(found.image))
     return {
         **known,
         "bytes": found.num_bytes,
@@ -143,7 +153,6 @@ def _row(source: Source, names: list[str], states_N2: np.ndarray, row: int) -> d
         "height": found.height,
         "orientation": found.orientation,
         "num_frames": found.num_frames,
-        **measure_image(found.image),
     }
 
 

@@ -1,21 +1,58 @@
-"""What one image is like: the numbers that data checks judge. Axes: H row, W column, C channel."""
+"""What images are like: the numbers that data checks judge. Axes: N image, H row, W column, C channel, L level.
+
+`look_at` does what needs a whole image, mostly outside the interpreter's lock; `measure` computes on many looks at
+once, because numpy's fixed cost per call, inside that lock, is larger than the arithmetic on one image.
+"""
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image
 from scipy.fft import dctn
 
-PROBE = 64  # side of the centre that compressibility and correlation look at, in the image's own pixels
+PROBE = 32  # side of the centre that compressibility and correlation look at, in the image's own pixels
 SMALL = 64  # the short side of the copy that all else is measured on has this many pixels, or up to twice as many
+COPY = 32  # side of the grey copy that is hashed
 THUMBNAIL = 16  # side of the grey copy that tells near duplicates from what merely hashes alike
 _LUMA = np.array([0.299, 0.587, 0.114])
+_LEVELS_L = np.arange(256.0)
 
 
-def measure_image(image: Image.Image) -> dict[str, float | int | bytes]:
-    """Properties of a decoded image, RGB or L. A large image is first averaged over squares, which costs little.
+@dataclass(frozen=True)
+class Look:
+    """What is kept of one image to measure it: some kilobytes, unless it is very long and thin."""
+
+    colours: list[int]  # counts of the levels of three channels
+    entropy: float
+    grey_HW: np.ndarray
+    centre_HW: np.ndarray
+    copy: bytes  # grey, COPY x COPY
+    thumbnail: bytes
+
+
+def look_at(image: Image.Image) -> Look:
+    """A decoded image, RGB or L. A large one is first averaged over squares, which costs little."""
+    factor = min(image.size) // SMALL
+    small = image.reduce(factor) if factor > 1 else image
+    grey = _grey(small)
+    copy = grey.resize((COPY, COPY), Image.Resampling.BOX)
+    return Look(
+        colours=small.histogram() * (3 // len(small.getbands())),
+        entropy=grey.entropy(),
+        grey_HW=_pixels(grey),
+        centre_HW=_pixels(_centre(image)),
+        copy=copy.tobytes(),
+        thumbnail=copy.reduce(COPY // THUMBNAIL).tobytes(),
+    )
+
+
+def measure(looks: Sequence[Look]) -> list[dict[str, float | int | bytes]]:
+    """Properties of each image.
 
     Returns:
         mean_r, mean_g, mean_b, std_r, std_g, std_b: of each channel, in 0..255; a grey image has three equal ones.
@@ -25,53 +62,86 @@ def measure_image(image: Image.Image) -> dict[str, float | int | bytes]:
         compressibility: share of bytes that zlib leaves of the centre; noise keeps all of them.
         correlation: of neighbours, in the centre or in the whole if that is more: a weave looks like noise from near.
             Near 1 in photographs, near 0 in noise, and 1 in a constant image, where it is not defined.
-        phash: 64 bits that similar images share (`perceptual_hash`).
+        phash: 64 bits that similar images share (`perceptual_hashes`).
         thumbnail: a grey copy, THUMBNAIL x THUMBNAIL bytes.
     """
-    factor = min(image.size) // SMALL
-    small = image.reduce(factor) if factor > 1 else image
-    grey = small if small.mode == "L" else small.convert("L")
-    values_NC = np.asarray(small, np.float32).reshape(small.width * small.height, -1)
-    means_C, deviations_C = (np.broadcast_to(part, 3) for part in (values_NC.mean(0), values_NC.std(0)))
-    edges_HW = np.asarray(grey.filter(ImageFilter.FIND_EDGES))[1:-1, 1:-1]
-    centre_HW = np.asarray(_centre(image))
-    return {
-        **dict(zip(("mean_r", "mean_g", "mean_b"), means_C.tolist(), strict=True)),
-        **dict(zip(("std_r", "std_g", "std_b"), deviations_C.tolist(), strict=True)),
-        "brightness": float(means_C @ _LUMA / 255),
-        "entropy": float(grey.entropy()),
-        "sharpness": float(edges_HW.std()) if edges_HW.size else 0.0,
-        "compressibility": len(zlib.compress(centre_HW.tobytes(), 1)) / centre_HW.size,
-        "correlation": max(_correlation(centre_HW), _correlation(np.asarray(grey))),
-        "phash": perceptual_hash(grey),
-        "thumbnail": grey.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX).tobytes(),
+    means_NC, deviations_NC = _moments([look.colours for look in looks])
+    greys = [look.grey_HW for look in looks]
+    centres = [look.centre_HW for look in looks]
+    copies_NHW = np.frombuffer(b"".join(look.copy for look in looks), np.uint8).reshape(-1, COPY, COPY)
+    columns = {
+        **dict(zip(("mean_r", "mean_g", "mean_b"), means_NC.T.tolist(), strict=True)),
+        **dict(zip(("std_r", "std_g", "std_b"), deviations_NC.T.tolist(), strict=True)),
+        "brightness": (means_NC @ _LUMA / 255).tolist(),
+        "entropy": [look.entropy for look in looks],
+        "sharpness": _by_shape(_sharpness, greys).tolist(),
+        "compressibility": [len(zlib.compress(centre.tobytes(), 1)) / centre.size for centre in centres],
+        "correlation": np.maximum(_by_shape(_correlations, greys), _by_shape(_correlations, centres)).tolist(),
+        "phash": perceptual_hashes(copies_NHW).tolist(),
+        "thumbnail": [look.thumbnail for look in looks],
     }
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def perceptual_hash(grey: Image.Image) -> int:
-    """64 bits: which of the 8 x 8 lowest frequencies of a 32 x 32 copy lie above their median.
+def perceptual_hashes(copies_NHW: np.ndarray) -> np.ndarray:
+    """64 bits each, uint64: which of the 8 x 8 lowest frequencies of a 32 x 32 copy lie above their median.
 
     Zauner, Implementation and Benchmarking of Perceptual Image Hash Functions (2010), section 3.2.1.
     """
-    copy_HW = np.asarray(grey.resize((32, 32), Image.Resampling.BOX), np.float32)
-    low = dctn(copy_HW)[:8, :8].ravel()
-    low[0] = 0.0  # brightness says nothing of what is seen
-    return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")
+    low_NF = dctn(copies_NHW.astype(np.float32), axes=(1, 2))[:, :8, :8].reshape(-1, 64)
+    low_NF[:, 0] = 0.0  # brightness says nothing of what is seen
+    hashes_N: np.ndarray = np.packbits(low_NF > np.median(low_NF, axis=1, keepdims=True), axis=1).view(">u8")[:, 0]
+    return hashes_N
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    return image if image.mode == "L" else image.convert("L")
 
 
 def _centre(image: Image.Image) -> Image.Image:
     width, height = min(PROBE, image.width), min(PROBE, image.height)
     left, top = (image.width - width) // 2, (image.height - height) // 2
-    centre = image.crop((left, top, left + width, top + height))
-    return centre if centre.mode == "L" else centre.convert("L")
+    return _grey(image.crop((left, top, left + width, top + height)))
 
 
-def _correlation(pixels_HW: np.ndarray) -> float:
-    """One minus half the mean squared step between neighbours, in units of the variance."""
-    pixels_HW = pixels_HW.astype(np.float32)
-    variance = float(pixels_HW.var())
-    if variance == 0:
-        return 1.0
-    steps = [np.diff(pixels_HW, axis=axis).ravel() for axis in (0, 1)]
-    count = sum(step.size for step in steps)
-    return 1.0 - sum(float(step @ step) for step in steps) / (2 * variance * count)
+def _pixels(grey: Image.Image) -> np.ndarray:
+    return np.frombuffer(grey.tobytes(), np.uint8).reshape(grey.height, grey.width)
+
+
+def _moments(counts: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Means and standard deviations of counted levels, [N, C]. Sums of whole numbers: exact."""
+    counts_NCL = np.fromiter(chain.from_iterable(counts), np.float64).reshape(-1, 3, 256)
+    total_NC = counts_NCL.sum(2)
+    means_NC = counts_NCL @ _LEVELS_L / total_NC
+    variances_NC = counts_NCL @ _LEVELS_L**2 / total_NC - means_NC**2
+    return means_NC, np.sqrt(np.maximum(variances_NC, 0))
+
+
+def _by_shape(compute: Callable[[np.ndarray], np.ndarray], images: Sequence[np.ndarray]) -> np.ndarray:
+    """A number for each image, computed at once for those of one shape: float32 [N, H, W] goes in, [N] comes out."""
+    values_N = np.empty(len(images))
+    shapes = [image.shape for image in images]
+    for shape in set(shapes):
+        rows = [row for row, found in enumerate(shapes) if found == shape]
+        values_N[rows] = compute(np.stack([images[row] for row in rows]).astype(np.float32))
+    return values_N
+
+
+def _sharpness(pixels_NHW: np.ndarray) -> np.ndarray:
+    """Deviation of what Pillow's FIND_EDGES gives: eight times a pixel minus its eight neighbours, in 0..255."""
+    if min(pixels_NHW.shape[1:]) < 3:
+        return np.zeros(len(pixels_NHW))
+    sums_NHW = pixels_NHW[:, :-2] + pixels_NHW[:, 1:-1] + pixels_NHW[:, 2:]
+    sums_NHW = sums_NHW[:, :, :-2] + sums_NHW[:, :, 1:-1] + sums_NHW[:, :, 2:]
+    deviations_N: np.ndarray = (9 * pixels_NHW[:, 1:-1, 1:-1] - sums_NHW).clip(0, 255).std((1, 2))
+    return deviations_N
+
+
+def _correlations(pixels_NHW: np.ndarray) -> np.ndarray:
+    """Of each image: one minus half the mean squared step between neighbours, in units of the variance."""
+    variance_N = pixels_NHW.var((1, 2))
+    steps = [np.diff(pixels_NHW, axis=axis) for axis in (1, 2)]
+    count = sum(step[0].size for step in steps)
+    squares_N = sum(np.square(step).sum((1, 2)) for step in steps)
+    varied_N = variance_N > 0
+    return np.where(varied_N, 1 - squares_N / np.where(varied_N, 2 * variance_N * count, 1), 1.0)

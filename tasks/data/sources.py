@@ -131,7 +131,7 @@ class FileSource(Source):
     def inspect(self, row: int) -> Inspected:
         path = self.root / self.names[row]
         with self._faults(row):
-            if not path.resolve().is_relative_to(self._real_root):
+            if not self._holds(path):
                 raise ValueError(f"leads out of {self.root}")
             content = path.read_bytes()
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
@@ -150,6 +150,18 @@ class FileSource(Source):
                 sha256=hashlib.sha256(content).hexdigest(),
                 **facts,  # type: ignore[arg-type]
             )
+
+    def _holds(self, path: Path) -> bool:
+        """Whether it lies below the root, links followed: a folder's once, as that costs as much as a small image."""
+        if path.is_symlink():
+            return path.resolve().is_relative_to(self._real_root)
+        if path.parent not in self._folders:
+            self._folders[path.parent] = path.parent.resolve().is_relative_to(self._real_root)
+        return self._folders[path.parent]
+
+    @cached_property
+    def _folders(self) -> dict[Path, bool]:
+        return {}
 
     @cached_property
     def _real_root(self) -> Path:

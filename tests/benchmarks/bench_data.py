@@ -101,7 +101,7 @@ def plain_decoding(source: Source, preprocess: PreprocessSpec) -> None:
             pass
 
 
-def timed(work: Callable[[], None]) -> float:
+def timed(work: Callable[[], object]) -> float:
     """Seconds."""
     start = time.perf_counter()
     work()

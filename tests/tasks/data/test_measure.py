@@ -1,19 +1,24 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 from sklearn.datasets import load_sample_images
 
-from tasks.data.measure import THUMBNAIL, measure_image, perceptual_hash
+from tasks.data.measure import COPY, THUMBNAIL, look_at, measure, perceptual_hashes
 
 PHOTOS = [Image.fromarray(pixels) for pixels in load_sample_images().images]
 
 
 def hamming(a: int, b: int) -> int:
     return (a ^ b).bit_count()
+
+
+def measure_image(image: Image.Image) -> dict[str, Any]:
+    return measure([look_at(image)])[0]
 
 
 def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -71,7 +76,7 @@ def test_images_of_any_shape_are_measured(size: tuple[int, int]) -> None:
     found = measure_image(noise(*size))
     numbers = [value for value in found.values() if not isinstance(value, bytes)]
     assert np.isfinite(numbers).all()
-    assert len(found["thumbnail"]) == THUMBNAIL**2  # type: ignore[arg-type]
+    assert len(found["thumbnail"]) == THUMBNAIL**2
 
 
 def test_near_duplicates_share_their_hash() -> None:
@@ -80,6 +85,32 @@ def test_near_duplicates_share_their_hash() -> None:
     buffer = io.BytesIO()
     flower.save(buffer, "JPEG", quality=40)
     twins = [flower.resize((213, 320)).resize((320, 213)), Image.open(buffer), flower.point(lambda value: value * 0.8)]
-    for twin in twins:
-        assert hamming(perceptual_hash(flower), perceptual_hash(twin)) <= 4
-    assert hamming(perceptual_hash(flower), perceptual_hash(temple)) > 16
+    copies = [each.resize((COPY, COPY), Image.Resampling.BOX) for each in (flower, temple, *twins)]
+    mine, other, *theirs = perceptual_hashes(np.stack([np.asarray(copy) for copy in copies])).tolist()
+    assert max(hamming(mine, twin) for twin in theirs) <= 4
+    assert hamming(mine, other) > 16
+
+
+def test_images_are_measured_alike_alone_and_together() -> None:
+    """Whatever shapes and modes come in one batch."""
+    images = [
+        *PHOTOS,
+        noise(5, 9),
+        PHOTOS[0].convert("L"),
+        noise(48, 40),
+        noise(1, 3),
+        PHOTOS[1].rotate(90, expand=True),
+    ]
+    together = measure([look_at(image) for image in images])
+    for image, found in zip(images, together, strict=True):
+        alone = measure_image(image)
+        assert (found.pop("phash"), found.pop("thumbnail")) == (alone.pop("phash"), alone.pop("thumbnail"))
+        assert found == pytest.approx(alone, rel=1e-5)
+    assert measure([]) == []
+
+
+def test_sharpness_is_of_the_edges_that_pillow_finds() -> None:
+    """The border, which Pillow leaves as it is, does not count."""
+    grey = PHOTOS[0].resize((90, 70)).convert("L")
+    edges_HW = np.asarray(grey.filter(ImageFilter.FIND_EDGES))[1:-1, 1:-1]
+    assert measure_image(grey)["sharpness"] == pytest.approx(edges_HW.std(), rel=1e-5)
