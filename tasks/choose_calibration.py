@@ -8,22 +8,19 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from prefect import get_run_logger
 
 from tasks.contracts.errors import DataRejected
 from tasks.contracts.records import Choice, DataRecord, ModelRecord
 from tasks.contracts.spec import RunSpec
-from tasks.data.checks import check_model_view
 from tasks.data.choose import cover, radius
-from tasks.data.images import ImageSet, PreparedImages
+from tasks.data.images import PreparedImages
+from tasks.data.view import check_view, view_of
 from tasks.load_model import float_model
-from tasks.models.features import features_of
 from tasks.step import Progress, remember, step, the_device, the_images, the_store
 from tasks.stores.base import Store
 from tasks.stores.steps import JSON
 
-MAX_REFERENCE = 1024  # gate images that features are compared with
 CANDIDATES = 16  # for each image that coverage chooses, at most so many are looked at
 
 
@@ -39,27 +36,15 @@ def choose_calibration(spec: RunSpec, data: DataRecord, model: ModelRecord) -> C
     def compute(store: Store, work: Path) -> Choice:
         network, images = float_model(model, work).to(device), the_images(spec)
         progress = Progress("looking at images through the float model")
-
-        def view(part: ImageSet, limit: int) -> tuple[np.ndarray, np.ndarray]:
-            count = min(limit, len(part))
-            batches = (
-                torch.from_numpy(batch).to(device) for batch, _ in part.batches(spec.evaluation.batch_size, limit=limit)
-            )
-            return features_of(network, batches, lambda done: progress(done, count))
-
-        calibration = images.split("calibration")
-        num_candidates = len(calibration)
-        candidates, train = view(calibration, num_candidates), images.split("train")
-        findings = check_model_view(
-            view(images.split("gate"), MAX_REFERENCE), candidates, model.num_classes, spec.data.checks
-        )
-        rows, features_ND = calibration.rows, candidates[0]
-        chosen = np.arange(num_candidates)
+        calibration, train = images.split("calibration"), images.split("train")
+        findings, features_ND = check_view(network, images, spec, progress)
+        rows, chosen = calibration.rows, np.arange(len(calibration))
         if spec.data.choice == "coverage":
-            more, _ = view(train, (CANDIDATES - 1) * num_candidates)
-            features_ND = np.concatenate([features_ND, more])
-            labels_N = np.concatenate([calibration.labels, train.labels[: len(more)]])
-            rows = np.concatenate([rows, train.rows[: len(more)]])
+            limit = (CANDIDATES - 1) * len(calibration)
+            more_ND, _ = view_of(network, train, limit, spec.evaluation.batch_size, progress)
+            features_ND = np.concatenate([features_ND, more_ND])
+            labels_N = np.concatenate([calibration.labels, train.labels[:limit]])
+            rows = np.concatenate([rows, train.rows[:limit]])
             counts_K = np.bincount(calibration.labels, minlength=model.num_classes)
             chosen = cover(features_ND, labels_N, counts_K, spec.seed)
         path = work / "calibration.parquet"

@@ -234,7 +234,7 @@ def judge_facts(facts: Mapping[str, Fact], rules: tuple[Rule, ...], checks: Chec
             severity="critical" if limit.severity == "critical" else "warning",
             passed=bool(result["success"]),
             observed=f"{fact.value:.3g}" + (f" ({fact.note})" if fact.note else ""),
-            limit=_words(limit),
+            limit=limit_text(limit),
             num_offenders=len(fact.offenders),
             offenders=fact.offenders[:SHOWN],
             remedy=rule.remedy,
@@ -397,7 +397,7 @@ def _finding(
         severity="critical" if limit.severity == "critical" else "warning",
         passed=bool(result["success"]),
         observed=f"{share:.2f} % of {judged:,}",
-        limit=_words(limit, of_images=True),
+        limit=limit_text(limit, of_images=True),
         num_offenders=int(details["unexpected_count"]),
         offenders=tuple(_offender(rule.name, row, facts, partners, frame) for row in rows[:SHOWN]),
         remedy=rule.remedy,
@@ -425,7 +425,7 @@ def _offender(rule: str, row: Any, facts: pd.DataFrame, partners: pd.DataFrame, 
     return Offender(path=image["path"], found=text)
 
 
-def _words(limit: Limit, *, of_images: bool = False) -> str:
+def limit_text(limit: Limit, *, of_images: bool = False) -> str:
     """The limit as people say it."""
     sides = chain(
         () if limit.low is None else (f"at least {limit.low:.3g}",),

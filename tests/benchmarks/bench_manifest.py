@@ -26,7 +26,7 @@ import pandas as pd
 from bench_data import timed
 from PIL import Image
 
-from tasks.contracts.spec import PreprocessSpec
+from tasks.contracts.spec import ChecksSpec, PreprocessSpec
 from tasks.data.checks import check_images, check_splits
 from tasks.data.manifest import build_manifest
 from tasks.data.measure import THUMBNAIL
@@ -101,12 +101,12 @@ def measure_contract(count: int) -> None:
     """Print a line on `count` invented rows; to be called in a fresh process."""
     import great_expectations  # noqa: F401 (takes seconds, once per process)
 
-    frame = invented(count)
+    frame, checks = invented(count), ChecksSpec()
     looks = np.frombuffer(b"".join(frame["thumbnail"]), np.uint8).reshape(count, -1)
     hashes = frame["phash"].to_numpy(np.uint64)
     before = peak_kib() / 1024
-    images = cpu_seconds(lambda: check_images(frame))
-    splits = cpu_seconds(lambda: check_splits(frame, PreprocessSpec()))
+    images = cpu_seconds(lambda: check_images(frame, list(frame["label"].cat.categories), checks))
+    splits = cpu_seconds(lambda: check_splits(frame, PreprocessSpec(), checks))
     peak = peak_kib() / 1024
     near = cpu_seconds(lambda: near_pairs(hashes, looks))
     per_row = (images + splits) / count * 1e6
