@@ -38,6 +38,7 @@ class Rule:
     name: str
     says: str
     remedy: str
+    is_claim: bool = False  # its number is 1 or 0
 
     def limit(self, checks: ChecksSpec) -> Limit:
         """What the spec asks; what no calibration can do without is not the spec's to choose."""
@@ -46,9 +47,14 @@ class Rule:
 
 
 IMAGE_RULES = (
-    Rule("decodes", "decodes completely", "Mend or remove these files."),
-    Rule("labelled", "has a class of the model", "Mend the labels, or name the model's classes in model.class_names."),
-    Rule("agrees", "has one label, also as a copy", "Keep each image in one class only."),
+    Rule("decodes", "decodes completely", "Mend or remove these files.", is_claim=True),
+    Rule(
+        "labelled",
+        "has a class of the model",
+        "Mend the labels, or name the model's classes in model.class_names.",
+        is_claim=True,
+    ),
+    Rule("agrees", "has one label, also as a copy", "Keep each image in one class only.", is_claim=True),
     Rule(
         "correlation",
         "is no noise: neighbouring pixels resemble one another",
@@ -57,11 +63,11 @@ IMAGE_RULES = (
     Rule("contrast", "is not of one colour", "Remove images that show nothing."),
     Rule("short_side", "has enough pixels", "Remove thumbnails and icons."),
     Rule("aspect", "is not much longer than wide", "Crop these images."),
-    Rule("plain_mode", "is stored as colour or grey", "Convert palette, CMYK and alpha."),
+    Rule("plain_mode", "is stored as colour or grey", "Convert palette, CMYK and alpha.", is_claim=True),
     Rule("num_frames", "is a single picture", "Only the first frame is used: export stills."),
-    Rule("upright", "is stored upright", "It is turned as EXIF says; does the model's input?"),
-    Rule("unique", "has pixels of its own", "Remove copies; one of each is used."),
-    Rule("distinct", "looks like no other image", "Remove near copies, such as frames of one scene."),
+    Rule("upright", "is stored upright", "It is turned as EXIF says; does the model's input?", is_claim=True),
+    Rule("unique", "has pixels of its own", "Remove copies; one of each is used.", is_claim=True),
+    Rule("distinct", "looks like no other image", "Remove near copies, such as frames of one scene.", is_claim=True),
     Rule("brightness", "is neither black nor white", "Look at the exposure."),
     Rule("entropy", "holds some information", "Look for blank and drawn images."),
     Rule("sharpness", "is not blurred", "Look at the focus, and at how it was scaled."),
@@ -234,7 +240,7 @@ def judge_facts(facts: Mapping[str, Fact], rules: tuple[Rule, ...], checks: Chec
             severity="critical" if limit.severity == "critical" else "warning",
             passed=bool(result["success"]),
             observed=f"{fact.value:.3g}" + (f" ({fact.note})" if fact.note else ""),
-            limit=limit_text(limit),
+            limit=limit_text(rule, limit),
             num_offenders=len(fact.offenders),
             offenders=fact.offenders[:SHOWN],
             remedy=rule.remedy,
@@ -396,8 +402,8 @@ def _finding(
         says=rule.says,
         severity="critical" if limit.severity == "critical" else "warning",
         passed=bool(result["success"]),
-        observed=f"{share:.2f} % of {judged:,}",
-        limit=limit_text(limit, of_images=True),
+        observed=f"{share:.2f} % of {judged:,} images",
+        limit=limit_text(rule, limit),
         num_offenders=int(details["unexpected_count"]),
         offenders=tuple(_offender(rule.name, row, facts, partners, frame) for row in rows[:SHOWN]),
         remedy=rule.remedy,
@@ -425,11 +431,13 @@ def _offender(rule: str, row: Any, facts: pd.DataFrame, partners: pd.DataFrame, 
     return Offender(path=image["path"], found=text)
 
 
-def limit_text(limit: Limit, *, of_images: bool = False) -> str:
+def limit_text(rule: Rule, limit: Limit) -> str:
     """The limit as people say it."""
     sides = chain(
         () if limit.low is None else (f"at least {limit.low:.3g}",),
         () if limit.high is None else (f"at most {limit.high:.3g}",),
     )
-    share = "all" if limit.share == 1 else f"{100 * limit.share:g} %"
-    return " and ".join(sides) + (f" in {share} of images" if of_images else "")
+    if rule not in IMAGE_RULES:
+        return " and ".join(sides)
+    images = "all images" if limit.share == 1 else f"{100 * limit.share:g} % of images"
+    return f"true of {images}" if rule.is_claim else f"{' and '.join(sides)} in {images}"

@@ -135,13 +135,13 @@ CASES: dict[str, tuple[Callable[[Place], Sections], type[RequantError], str]] = 
     "spoilt files": (
         spoilt_files,
         DataRejected,
-        r"decodes is 98.75 % of 240, not at least 1 in all of images: disc/00.png \(.*02.png \(is no JPEG",
+        r"decodes is 98.75 % of 240 images, not true of all images: disc/00.png \(.*02.png \(is no JPEG",
     ),
-    "noise": (noise, DataRejected, r"correlation is 66.67 % of 240, not at least 0.2 .*disc/00.png \("),
+    "noise": (noise, DataRejected, r"correlation is 66.67 % of 240 images, not at least 0.2 .*disc/00.png \("),
     "a class that the model has not": (
         asked(model={"class_names": ["disc", "square", "ring"]}),
         DataRejected,
-        r"labelled is 66.67 % of 240, .*stripes/00.png \(stripes\)",
+        r"labelled is 66.67 % of 240 images, .*stripes/00.png \(stripes\)",
     ),
     "a forgotten normalisation": (
         asked(data={"preprocess": {"resize": 32, "mean": [127, 127, 127], "std": [50, 50, 50]}}),

@@ -143,7 +143,7 @@ def test_data_are_checked_by_themselves(place: Place) -> None:
     assert "critical  decodes: decodes completely" in end.stdout
     assert "    disc/00.png (is no JPEG, PNG" in end.stdout
     assert end.stdout.rstrip().endswith("report: data.html")
-    assert "Rejected: shapes breaks the data contract: decodes is 99.58 % of 240" in end.stderr
+    assert "found 99.58 % of 240 images, limit true of all images. Mend or remove" in end.stdout
     assert "disc/00.png" in (place.path / "data.html").read_text()
 
     end = place.call("check-data", "mobile.yaml", "--report", "nowhere/data.html")

@@ -107,7 +107,7 @@ def test_clean_images_pass(photos: Path, tmp_path: Path) -> None:
     """Every rule, though parts of one photograph resemble each other."""
     found = findings(photos, tmp_path / "scratch")
     assert {name for name, finding in found.items() if not finding.passed} <= {"distinct"}
-    assert found["decodes"].observed == "100.00 % of 120"
+    assert found["decodes"].observed == "100.00 % of 120 images"
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
@@ -174,7 +174,7 @@ def test_a_limit_of_the_spec_is_what_counts(photos: Path, tmp_path: Path) -> Non
     )
     found = findings(photos, tmp_path / "scratch", checks)
     assert found["brightness"].num_offenders == 0
-    assert found["brightness"].limit == "at least 0.01 in all of images"
+    assert found["brightness"].limit == "at least 0.01 in all images"
     assert "sharpness" not in found
     assert (found["entropy"].passed, found["entropy"].severity) == (False, "critical")
 

@@ -87,7 +87,7 @@ def test_a_critical_image_ends_it_before_anything_is_split(folder: Path, tmp_pat
     assert manifest_of(check, tmp_path)["split"].isna().all()
     assert not (tmp_path / "scratch/images").exists()
     error = rejection(check)
-    assert "decodes is 99.18 % of 122" in error.problem
+    assert "decodes is 99.18 % of 122 images, not true of all images" in error.problem
     assert "cat/noise.png (" in error.problem
     assert "Mend or remove these files." in error.remedy
 

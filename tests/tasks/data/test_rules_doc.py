@@ -17,7 +17,7 @@ RULES = (*IMAGE_RULES, *SPLIT_RULES, *PAST_RULES, *MODEL_RULES)
 def test_each_rule_is_listed_with_its_default(rule: Rule) -> None:
     (row,) = (line for line in DOC.splitlines() if line.startswith(f"| `{rule.name}` |"))
     limit = rule.limit(ChecksSpec())
-    text = limit_text(limit, of_images=rule in IMAGE_RULES)
+    text = limit_text(rule, limit)
     assert row.endswith(f"| {text} | {limit.severity} |")
     assert f"| {rule.says} |" in row
 
