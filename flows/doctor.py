@@ -33,7 +33,7 @@ def findings() -> Iterator[Finding]:
     yield from (
         _extra(*extra) for extra in (("tensorrt", "tensorrt"), ("pycuda", "tensorrt"), ("openvino", "openvino"))
     )
-    yield _store()
+    yield from _store()
     yield _scratch()
     url = os.environ.get("PREFECT_API_URL")
     yield "Prefect API", url or "not set", "runs are shown there" if url else "each run starts a server of its own"
@@ -59,12 +59,14 @@ def _extra(module: str, extra: str) -> Finding:
         return module, "installed, version unknown", ""
 
 
-def _store() -> Finding:
+def _store() -> Iterator[Finding]:
     url = Settings().store
     try:
-        return "store", str(open_store(url)), f"{len(open_store(url).list('models/'))} documents of runs"
+        store = open_store(url)
+        yield "store", str(store), f"{len(store.list('models/'))} documents of runs"
+        yield "compare-and-set", store.compare_and_set(), "releases are moved by it"
     except StoreError as error:
-        return "store", url, str(error)
+        yield "store", "s3://..." if "@" in url else url, str(error)
 
 
 def _scratch() -> Finding:

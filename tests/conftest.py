@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import ExitStack
+from uuid import uuid4
 
 import pytest
+
+from tests.tasks.stores.s3_server import BUCKET, NoServerError, S3Server
+from tests.tasks.stores.s3_server import s3_server as start_s3_server
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +36,25 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         temporary_settings(without_heartbeat),
     ):
         yield PREFECT_API_URL.value()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """A real server for all tests of a session, or a skip that says why there is none."""
+    with ExitStack() as running:
+        try:
+            server = running.enter_context(start_s3_server())
+        except NoServerError as error:
+            pytest.skip(f"no S3 server: {error}")
+        server.client().create_bucket(Bucket=BUCKET)
+        yield server
+
+
+@pytest.fixture
+def s3_url(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty place on the server, which the environment of this process and its children leads to."""
+    for name in [name for name in os.environ if name.startswith(("AWS_", "REQUANT_S3_"))]:
+        monkeypatch.delenv(name)
+    for name, value in {**s3_server.user.environment, "REQUANT_S3_ENDPOINT": s3_server.url}.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{BUCKET}/{uuid4().hex}"

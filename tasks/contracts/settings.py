@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -19,3 +19,35 @@ class Settings(BaseSettings):
         Path(".requant/scratch"), description="Folder for decoded images and training checkpoints; may be deleted."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where PyTorch runs; auto takes CUDA if it can.")
+
+
+class S3Settings(BaseSettings):
+    """How a store in S3 is reached, from REQUANT_S3_*. Credentials are those that boto3 finds by itself.
+
+    What is not set here is also left to boto3: AWS_ENDPOINT_URL_S3, AWS_REGION, profiles, AWS_CA_BUNDLE.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="REQUANT_S3_", frozen=True)
+
+    endpoint: str | None = Field(
+        None, pattern=r"^https?://[^/@\s]+/?$", description="The server's URL, http:// or https://; for AWS not needed."
+    )
+    region: str | None = None
+    addressing: Literal["auto", "path", "virtual"] = Field(
+        "auto", description="Bucket in the path or in the host name. Most servers of one's own need path."
+    )
+    encryption: Literal["AES256", "aws:kms"] | None = Field(None, description="What the server encrypts objects with.")
+    kms_key: str | None = Field(None, description="The key for aws:kms; the bucket's own if not given.")
+    connect_timeout_s: float = Field(10.0, gt=0)
+    read_timeout_s: float = Field(60.0, gt=0, description="How long the server may be silent.")
+    retry_mode: Literal["standard", "adaptive"] = Field(
+        "standard", description="adaptive also slows down when asked to."
+    )
+    max_attempts: int = Field(5, ge=1, le=20, description="Of each request; the first one counts.")
+    concurrency: int = Field(4, ge=1, le=64, description="Requests at once for one file; each takes some 20 MiB.")
+
+    @model_validator(mode="after")
+    def _key_has_use(self) -> Self:
+        if self.kms_key and self.encryption != "aws:kms":
+            raise ValueError("REQUANT_S3_KMS_KEY needs REQUANT_S3_ENCRYPTION=aws:kms")
+        return self

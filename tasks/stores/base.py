@@ -6,22 +6,35 @@ An adapter knows bytes and keys only; names, digests and whole-or-nothing files 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from abc import ABC, abstractmethod
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from pydantic import ValidationError
+
 from tasks.contracts.errors import StoreError
 from tasks.contracts.records import ArtifactRef
-from tasks.stores.workspace import replacing
+from tasks.contracts.settings import S3Settings
+from tasks.stores.workspace import resuming
 
 Keys: TypeAlias = list[str]  # inside Store, `list` is a method
 
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.=@+-]*"  # no part starts with a dot: `..` is out, and so are half-written files
 _KEY = re.compile(rf"{_PART}(/{_PART})*")
 _PREFIX = re.compile(rf"({_PART}/)*({_PART})?")
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
+
+
+class Versioned(NamedTuple):
+    """A document, and the version to hand to `write_if`. Equal texts may have equal versions."""
+
+    text: str
+    version: str
 
 
 class Store(ABC):
@@ -33,19 +46,25 @@ class Store(ABC):
         key = _checked(f"objects/{kind}/{sha256}{path.suffix}")
         ref = ArtifactRef(key=key, sha256=sha256, size_bytes=size_bytes)
         if not self.holds(ref):
-            self._upload(path, key)
+            self._upload(path, key, sha256)
         return ref
 
     def fetch(self, ref: ArtifactRef, into: Path) -> Path:
-        """Copy an artifact to the folder `into`, made if missing. A file under the final name has the right sha256."""
+        """Copy an artifact to the folder `into`, made if missing. A file under the final name has the right sha256.
+
+        Where a fetch into the same folder was broken off, it goes on from there.
+        """
         key = _checked(ref.key)
         target = into / Path(key).name
         try:
             into.mkdir(parents=True, exist_ok=True)
-            with replacing(target) as partial:
-                self._download(key, partial)
-                found, _ = _digest(partial)
-                if found != ref.sha256:
+            with resuming(target) as partial:
+                for _ in range(2):  # damage on the way, or in what was left behind, is mended by starting over
+                    found = self._download(key, partial)
+                    if found == ref.sha256:
+                        break
+                    os.truncate(partial, 0)
+                else:
                     raise StoreError(
                         f"{key} in {self} is damaged: its sha256 is {found}, expected {ref.sha256}.",
                         remedy="Delete it; the next run makes it again.",
@@ -66,27 +85,58 @@ class Store(ABC):
 
     def read_text(self, key: str) -> str | None:
         """The document, or None if there is none."""
-        stored = self._read(_checked(key))
+        found = self.read_versioned(key)
+        return None if found is None else found.text
+
+    def read_versioned(self, key: str) -> Versioned | None:
+        """The document and its version, or None if there is none."""
+        found = self._read(_checked(key))
         try:
-            return None if stored is None else stored.decode()
+            return None if found is None else Versioned(found[0].decode(), found[1])
         except UnicodeDecodeError as error:
             raise StoreError(f"{key} in {self} is not UTF-8 text.", remedy="Delete it or restore it.") from error
+
+    def write_if(self, key: str, text: str, expected: str | None) -> str | None:
+        """Write the document only if its version is still `expected`, or, with None, if there is none yet.
+
+        Of several who try at once, one succeeds. A key that is written this way is written in no other.
+
+        Returns:
+            The new version; None if another was first, and nothing is written.
+
+        Raises:
+            TransientStoreError: the document may or may not be written; `read_versioned` tells.
+        """
+        return self._write_if(_checked(key), text.encode(), expected)
+
+    def delete(self, key: str) -> None:
+        """Remove an artifact or a document; one that is not there is no error."""
+        self._delete(_checked(key))
+
+    def remove_leftovers(self, *, older_than: timedelta = timedelta(days=1)) -> int:
+        """Remove what killed processes left half-done, and say how many. Longer than any upload or write may take."""
+        return self._remove_leftovers(datetime.now(UTC) - older_than)
 
     def list(self, prefix: str) -> Keys:
         """All keys that start with `prefix`, sorted. `steps/` is what lies in a folder; an empty prefix is all."""
         if not _PREFIX.fullmatch(prefix):
             raise StoreError(f"{prefix!r} is not the start of a key.", remedy="Use parts such as steps/.")
-        return sorted(self._keys(prefix))
+        return sorted(filter(_KEY.fullmatch, self._keys(prefix)))  # others are not ours, or half-written
 
     @abstractmethod
     def __str__(self) -> str:
         """Where the store is, for messages."""
 
     @abstractmethod
-    def _upload(self, path: Path, key: str) -> None: ...
+    def compare_and_set(self) -> str:
+        """What `write_if` rests on here, for people."""
 
     @abstractmethod
-    def _download(self, key: str, path: Path) -> None: ...
+    def _upload(self, path: Path, key: str, sha256: str) -> None: ...
+
+    @abstractmethod
+    def _download(self, key: str, path: Path) -> str:
+        """Make the file complete and say its sha256. What it holds already may be taken for the object's beginning."""
 
     @abstractmethod
     def _size(self, key: str) -> int | None: ...
@@ -95,17 +145,27 @@ class Store(ABC):
     def _write(self, key: str, content: bytes) -> None: ...
 
     @abstractmethod
-    def _read(self, key: str) -> bytes | None: ...
+    def _read(self, key: str) -> tuple[bytes, str] | None:
+        """Content and version."""
+
+    @abstractmethod
+    def _write_if(self, key: str, content: bytes, expected: str | None) -> str | None: ...
+
+    @abstractmethod
+    def _delete(self, key: str) -> None: ...
 
     @abstractmethod
     def _keys(self, prefix: str) -> Keys: ...
 
+    @abstractmethod
+    def _remove_leftovers(self, before: datetime) -> int: ...
+
 
 def open_store(url: str) -> Store:
-    """The store at a folder's path or file:// URL.
+    """The store at a folder's path, a file:// URL or s3://bucket/prefix. Nothing is sent to a server yet.
 
     Raises:
-        StoreError: if the URL is of another kind.
+        StoreError: if the URL is of another kind, or a setting of S3 is wrong.
     """
     from tasks.stores.local import LocalStore  # an adapter knows this module, so it is loaded late
 
@@ -114,10 +174,28 @@ def open_store(url: str) -> Store:
         return LocalStore(Path(url).expanduser().absolute())
     if parts.scheme == "file" and not parts.netloc and parts.path:
         return LocalStore(Path(url2pathname(parts.path)))
+    prefix = parts.path.strip("/")
+    plain = not (parts.query or parts.fragment)
+    if parts.scheme == "s3" and _BUCKET.fullmatch(parts.netloc) and _PREFIX.fullmatch(prefix) and plain:
+        from tasks.stores.s3 import S3Store  # boto3 takes a third of a second to load
+
+        return S3Store(parts.netloc, prefix, _s3_settings())
+    shown = f"{parts.scheme}://..." if "@" in parts.netloc else url  # what stands before an @ may be a secret
     raise StoreError(
-        f"No store can be opened at {url!r}.",
-        remedy="Set REQUANT_STORE to a folder: a path, or file:// with an absolute path.",
+        f"No store can be opened at {shown!r}.",
+        remedy="Set REQUANT_STORE to a folder, a path or file:// with an absolute path, or to s3://bucket/prefix.",
     )
+
+
+def _s3_settings() -> S3Settings:
+    try:
+        return S3Settings()
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'REQUANT_S3_' + str(found['loc'][0]).upper() if found['loc'] else 'REQUANT_S3_*'}: {found['msg']}"
+            for found in error.errors(include_input=False, include_url=False)
+        )
+        raise StoreError(f"The settings of S3 are wrong: {problems}.", remedy="Correct or unset them.") from None
 
 
 def sha256_of(path: Path) -> str:

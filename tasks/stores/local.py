@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 
 from tasks.contracts.errors import StoreError
 from tasks.contracts.records import ArtifactRef
-from tasks.stores.base import Keys, Store
+from tasks.stores.base import Keys, Store, sha256_of
 from tasks.stores.workspace import replacing
 
 _REMEDIES = {
@@ -41,15 +44,16 @@ class LocalStore(Store):
             raise self._missing(ref.key)
         return self._root / ref.key
 
-    def _upload(self, path: Path, key: str) -> None:
+    def _upload(self, path: Path, key: str, sha256: str) -> None:  # noqa: ARG002 a folder keeps it in the name alone
         with self._errors("cannot be stored", key), replacing(self._made(key)) as partial:
             shutil.copyfile(path, partial)
 
-    def _download(self, key: str, path: Path) -> None:
+    def _download(self, key: str, path: Path) -> str:
         try:
             shutil.copyfile(self._root / key, path)
         except FileNotFoundError:
             raise self._missing(key) from None
+        return sha256_of(path)
 
     def _size(self, key: str) -> int | None:
         with self._errors("cannot be looked up", key):
@@ -62,12 +66,27 @@ class LocalStore(Store):
         with self._errors("cannot be written", key), replacing(self._made(key)) as partial:
             partial.write_bytes(content)
 
-    def _read(self, key: str) -> bytes | None:
+    def _read(self, key: str) -> tuple[bytes, str] | None:
         with self._errors("cannot be read", key):
             try:
-                return (self._root / key).read_bytes()
+                content = (self._root / key).read_bytes()
             except FileNotFoundError:
                 return None
+        return content, _version(content)
+
+    def _write_if(self, key: str, content: bytes, expected: str | None) -> str | None:
+        name = f".{Path(key).name}.lock"
+        with self._errors("cannot be written", key), self._made(key).with_name(name).open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # given back when closed, also by a kill
+            found = self._read(key)
+            if (found and found[1]) != expected:
+                return None
+            self._write(key, content)
+        return _version(content)
+
+    def _delete(self, key: str) -> None:
+        with self._errors("cannot be deleted", key):
+            (self._root / key).unlink(missing_ok=True)
 
     def _keys(self, prefix: str) -> Keys:
         start = self._root / prefix.rpartition("/")[0]  # folders beside the prefix are not walked
@@ -76,9 +95,21 @@ class LocalStore(Store):
                 (Path(folder) / name).relative_to(self._root).as_posix()
                 for folder, _, names in os.walk(start, onerror=_unless_missing)
                 for name in names
-                if not name.startswith(".")  # half-written by someone else
             ]
         return [key for key in keys if key.startswith(prefix)]
+
+    def _remove_leftovers(self, before: datetime) -> int:
+        removed = 0
+        with self._errors("cannot be cleaned up", "."):
+            for partial in self._root.rglob(".*.partial"):
+                with suppress(FileNotFoundError):  # finished meanwhile
+                    if partial.stat().st_mtime < before.timestamp():
+                        partial.unlink()
+                        removed += 1
+        return removed
+
+    def compare_and_set(self) -> str:
+        return "lock files"
 
     def _made(self, key: str) -> Path:
         target = self._root / key
@@ -100,3 +131,7 @@ class LocalStore(Store):
 def _unless_missing(error: OSError) -> None:
     if not isinstance(error, FileNotFoundError):  # nothing stored yet, or removed while we look
         raise error
+
+
+def _version(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

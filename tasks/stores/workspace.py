@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from tasks.contracts.errors import StoreError
+from tasks.contracts.errors import StoreError, TransientStoreError
 
 
 @contextmanager
@@ -45,3 +46,31 @@ def replacing(target: Path) -> Iterator[Path]:
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def resuming(target: Path) -> Iterator[Path]:
+    """Like `replacing`, but a name that is found again: what a stopped process has written is there for the next.
+
+    It is also kept after a TransientStoreError. While one process is at it, others get a name of their own. A power cut
+    may leave `target` with no bytes, unlike with `replacing`, so this is for copies that are made anew when needed.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    with partial.open("ab") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = os.path.samestat(os.fstat(held.fileno()), partial.stat())  # not moved into place meanwhile
+        except OSError:
+            is_ours = False
+        if not is_ours:
+            with replacing(target) as own:
+                yield own
+            return
+        try:
+            yield partial
+            partial.replace(target)
+        except TransientStoreError:
+            raise
+        except Exception:
+            partial.unlink(missing_ok=True)
+            raise

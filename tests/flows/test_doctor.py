@@ -28,6 +28,7 @@ def test_it_names_processor_libraries_and_places(found: dict[str, tuple[str, str
     assert found["CPU"][0] == hardware()
     assert found["torch"][0] == torch.__version__.partition("+")[0]
     assert found["store"] == (str(tmp_path / "store"), "0 documents of runs")
+    assert found["compare-and-set"][0] == "lock files"
     assert found["scratch"][0] == str(tmp_path / "scratch")
     assert found["Prefect API"] == ("not set", "each run starts a server of its own")
 
@@ -41,6 +42,18 @@ def test_what_is_missing_comes_with_how_to_get_it(found: dict[str, tuple[str, st
 def test_looking_changes_nothing(found: dict[str, tuple[str, str]], tmp_path: Path) -> None:
     """No folder is made."""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_in_s3_is_asked(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it answers, and what releases can rest on there."""
+    monkeypatch.setenv("REQUANT_STORE", s3_url)
+    rows = {what: (value, so) for what, value, so in findings()}
+    assert rows["store"] == (s3_url, "0 documents of runs")
+    assert rows["compare-and-set"][0] == "conditional writes (ETag without quotes)"
+    monkeypatch.setenv("REQUANT_STORE", "s3://no-such-bucket")
+    rows = {what: (value, so) for what, value, so in findings()}
+    assert "the bucket does not exist" in rows["store"][1]
+    assert "compare-and-set" not in rows
 
 
 def test_a_store_that_cannot_be_opened_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:

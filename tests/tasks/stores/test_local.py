@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import resource
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -157,6 +158,20 @@ def test_half_written_files_are_not_listed(tmp_path: Path) -> None:
     store.write_text("runs/a.json", "{}")
     (tmp_path / "store/runs/.0123.partial").write_text("{")
     assert store.list("") == ["runs/a.json"]
+
+
+def test_half_written_files_are_removed_when_they_are_old(tmp_path: Path) -> None:
+    """What may still be written stays; so does the lock of a document, which another process may hold."""
+    store = LocalStore(tmp_path / "store")
+    assert store.remove_leftovers() == 0
+    store.write_if("release.json", "1", None)
+    for name, age_s in ((".old.partial", 2 * 86400), (".new.partial", 0)):
+        (tmp_path / "store" / name).write_text("{")
+        os.utime(tmp_path / "store" / name, times=(time.time() - age_s,) * 2)
+    assert store.remove_leftovers() == 1
+    assert {path.name for path in files_below(tmp_path / "store")} == {
+        "release.json", ".release.json.lock", ".new.partial"
+    }  # fmt: skip
 
 
 def test_a_document_that_is_no_text_is_an_error(tmp_path: Path) -> None:

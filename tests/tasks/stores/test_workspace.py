@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from tasks.contracts.errors import StoreError
-from tasks.stores.workspace import replacing, workspace
+from tasks.contracts.errors import StoreError, TransientStoreError
+from tasks.stores.workspace import replacing, resuming, workspace
 
 
-def fail_in(path: Path, error: OSError) -> None:
-    path.write_text("half")
+def fail_in(path: Path, error: BaseException) -> None:
+    with path.open("a") as file:
+        file.write("half")
     raise error
 
 
@@ -60,3 +61,38 @@ def test_replacing_needs_something_written(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), replacing(tmp_path / "file"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_resuming_finds_what_was_left(tmp_path: Path) -> None:
+    """After trouble that can pass, and after an end by force, the next one has the same file under the same name."""
+    target = tmp_path / "file"
+    for error in (TransientStoreError("busy"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), resuming(target) as partial:
+            fail_in(partial, error)
+        assert not target.exists()
+    with resuming(target) as partial:
+        assert partial.read_text() == "halfhalf"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_resuming_leaves_nothing_after_a_final_error(tmp_path: Path) -> None:
+    """What was there before stays as it was."""
+    target = tmp_path / "file"
+    target.write_text("old")
+    with pytest.raises(OSError, match="mine"), resuming(target) as partial:
+        fail_in(partial, OSError("mine"))
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_two_that_resume_at_once_do_not_meet(tmp_path: Path) -> None:
+    """The second one gets a name of its own and starts from nothing; the last to finish is what is there."""
+    target = tmp_path / "file"
+    with resuming(target) as one:
+        one.write_text("one")
+        with resuming(target) as other:
+            assert other != one
+            other.write_text("other")
+        assert target.read_text() == "other"
+    assert target.read_text() == "one"
+    assert list(tmp_path.iterdir()) == [target]
