@@ -82,7 +82,7 @@ class DataRecord(Record):
     width: int
     channels: int
     digest: str  # of pixels, labels, classes, splits and preprocessing, wherever the files lie
-    members: ArtifactRef  # Parquet: row, path, label, split, pixels (sha256)
+    members: ArtifactRef  # Parquet: row, path, label, split, pixels (digest)
 
 
 class Choice(Record):
@@ -93,7 +93,7 @@ class Choice(Record):
     radius: float  # mean distance of a candidate to the nearest chosen one, over that to the mean of all
     findings: tuple[Finding, ...]  # of the data contract, through the float model
     digest: str
-    images: ArtifactRef  # Parquet: path, label, pixels (sha256)
+    images: ArtifactRef  # Parquet: path, label, pixels (digest)
 
 
 class ModelRecord(Record):

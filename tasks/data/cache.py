@@ -1,7 +1,7 @@
 """Images decoded once: a memory-mapped array in the scratch folder, named by what it was made from.
 
 <scratch>/images/<key>/pixels.npy    uint8 [N, H, W, C], resized and cropped
-<scratch>/images/<key>/digests.npy   SHA-256 of each image's pixels before resizing, as 64 ASCII digits
+<scratch>/images/<key>/digests.npy   digest of each image's pixels before resizing
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import BinaryIO
 
 import numpy as np
 import PIL
+import xxhash
 from PIL import Image
 
 from tasks.contracts.errors import DataError, StoreError
@@ -30,7 +31,7 @@ from tasks.data.sources import Source, some
 
 Progress = Callable[[int, int], None]
 
-DIGEST = np.dtype("S64")
+DIGEST = np.dtype("S32")
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +68,9 @@ def decode_images(
         StoreError: if `scratch` cannot be written.
     """
     geometry = geometry_of(preprocess)
-    key = hashlib.sha256(json.dumps([source.fingerprint(), geometry, PIL.__version__]).encode()).hexdigest()
+    key = hashlib.sha256(
+        json.dumps([source.fingerprint(), geometry, PIL.__version__, str(DIGEST)]).encode()
+    ).hexdigest()
     final = scratch / "images" / key
     if not final.is_dir():
         with disk_errors(final.parent):
@@ -93,8 +96,12 @@ def geometry_of(preprocess: PreprocessSpec) -> str:
 
 
 def pixels_digest(image: Image.Image) -> bytes:
-    """SHA-256 of an image's mode, size and pixels, as 64 ASCII digits."""
-    digest = hashlib.sha256(f"{image.mode} {image.width}x{image.height} ".encode())
+    """XXH3 of an image's mode, size and pixels, as 32 hexadecimal digits.
+
+    It tells images apart and vouches for nothing: among a thousand million, two are confused with a chance of 1e-21.
+    SHA-256 would take a quarter of the time that decoding takes.
+    """
+    digest = xxhash.xxh3_128(f"{image.mode} {image.width}x{image.height} ".encode())
     digest.update(image.tobytes())
     return digest.hexdigest().encode()
 

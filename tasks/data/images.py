@@ -130,7 +130,7 @@ class PreparedImages:
         return digest.hexdigest()
 
     def write_members(self, path: Path) -> None:
-        """Write Parquet with a line per image: row, path, label, split, pixels (SHA-256).
+        """Write Parquet with a line per image: row, path, label, split, pixels (digest).
 
         Raises:
             StoreError: if `path` cannot be written.

@@ -31,7 +31,7 @@ from tasks.stores.workspace import replacing
 Progress = Callable[[int, int], None]
 
 PART = 2048  # images that a kill may cost
-_VERSION = 2  # of `tasks.data.measure`: what another one measured is not used
+_VERSION = 3  # of `tasks.data.measure`: what another one measured is not used
 
 _NUMBERS = (
     *(f"{statistic}_{channel}" for statistic in ("mean", "std") for channel in "rgb"),
@@ -45,7 +45,7 @@ SCHEMA = pa.schema(
         ("fault", pa.string()),  # why it cannot be used; all that follows is null then
         ("bytes", pa.int64()),
         ("sha256", pa.string()),  # of the file
-        ("pixels", pa.string()),  # SHA-256 of the decoded image: mode, size and pixels
+        ("pixels", pa.string()),  # digest of the decoded image: mode, size and pixels
         ("format", pa.string()),
         ("mode", pa.string()),
         ("width", pa.int32()),

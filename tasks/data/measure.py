@@ -16,7 +16,7 @@ from PIL import Image
 from scipy.fft import dctn
 
 PROBE = 32  # side of the centre that compressibility and correlation look at, in the image's own pixels
-SMALL = 64  # the short side of the copy that all else is measured on has this many pixels, or up to twice as many
+SMALL = 32  # the short side of the copy that all else is measured on has this many pixels, or up to twice as many
 COPY = 32  # side of the grey copy that is hashed
 THUMBNAIL = 16  # side of the grey copy that tells near duplicates from what merely hashes alike
 _LUMA = np.array([0.299, 0.587, 0.114])
