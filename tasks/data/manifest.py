@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,16 @@ import pyarrow.parquet as pq
 from tasks.contracts.errors import DataError
 from tasks.data.cache import disk_errors, locked, pixels_digest
 from tasks.data.measure import THUMBNAIL, Look, look_at, measure
-from tasks.data.parallel import in_parallel
+from tasks.data.parallel import in_parallel, in_processes
 from tasks.data.sources import Source
 from tasks.stores.workspace import replacing
 
 Progress = Callable[[int, int], None]
 
 PART = 2048  # images that a kill may cost
-_VERSION = 3  # of `tasks.data.measure`: what another one measured is not used
+MANY = 4096  # images from which on processes are worth their start; threads would share one interpreter's lock
+CHUNK = 64  # images sent to a process at once
+_VERSION = 4  # of `tasks.data.measure`: what another one measured is not used
 
 _NUMBERS = (
     *(f"{statistic}_{channel}" for statistic in ("mean", "std") for channel in "rgb"),
@@ -110,9 +111,18 @@ def _measured(
     folder: Path,
     progress: Progress | None,
 ) -> list[pa.Table]:
+    def chunk(part: Sequence[int]) -> _Chunk:
+        return source.part(part), [names[row] for row in part], states_N2[part]
+
+    wanted = rows.tolist()
+    if len(wanted) < MANY:
+        measured = in_parallel(lambda part: _rows(chunk(part)), wanted)
+    else:
+        starts = range(0, len(wanted), CHUNK)
+        measured = in_processes(_rows, (chunk(wanted[start : start + CHUNK]) for start in starts))
     parts: list[pa.Table] = []
     first = len(list(folder.glob("part-*.parquet")))
-    with closing(in_parallel(partial(_rows, source, names, states_N2), rows.tolist())) as measured:
+    with closing(measured):
         for number in count(first):
             records = list(islice(measured, PART))
             if not records:
@@ -124,25 +134,27 @@ def _measured(
     return parts
 
 
-def _rows(source: Source, names: list[str], states_N2: np.ndarray, rows: Sequence[int]) -> list[dict[str, Any]]:
-    looks: list[Look] = []
-    records = [_record(source, names, states_N2, row, looks) for row in rows]
-    measured = iter(measure(looks))
-    return [record if "fault" in record else {**record, **next(measured)} for record in records]
+_Chunk = tuple[Source, list[str], np.ndarray]  # with the names as shown, and the states
 
 
-def _record(source: Source, names: list[str], states_N2: np.ndarray, row: int, looks: list[Look]) -> dict[str, Any]:
-    """What a row holds but for what is measured on looks; the look is appended to `looks`, unless there is a fault."""
+def _rows(chunk: _Chunk) -> list[dict[str, Any]]:
+    source, names, states_N2 = chunk
+    found = [_row(source, names, states_N2, row) for row in range(len(source))]
+    measured = iter(measure([look for _, look in found if look is not None]))  # many at once cost little
+    return [record if look is None else {**record, **next(measured)} for record, look in found]
+
+
+def _row(source: Source, names: list[str], states_N2: np.ndarray, row: int) -> tuple[dict[str, Any], Look | None]:
+    """What a row holds but for what is measured on looks, and the look; none if there is a fault."""
     size, time = states_N2[row].tolist()
     known = {"path": names[row], "state_size": size, "state_time": time}
     if names[row] != source.names[row]:
-        return {**known, "fault": "the name is not UTF-8"}
+        return {**known, "fault": "the name is not UTF-8"}, None
     try:
         found = source.inspect(row)
     except DataError as error:
-        return {**known, "fault": error.problem.removeprefix(f"{names[row]}: ")}
-    looks.append(look_at(found.image))
-    return {
+        return {**known, "fault": error.problem.removeprefix(f"{names[row]}: ")}, None
+    record = {
         **known,
         "bytes": found.num_bytes,
         "sha256": found.sha256,
@@ -154,6 +166,7 @@ def _record(source: Source, names: list[str], states_N2: np.ndarray, row: int, l
         "orientation": found.orientation,
         "num_frames": found.num_frames,
     }
+    return record, look_at(found.image)
 
 
 def _write(table: pa.Table, path: Path) -> None:

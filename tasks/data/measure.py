@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from scipy.fft import dctn
 
-PROBE = 32  # side of the centre that compressibility and correlation look at, in the image's own pixels
+PROBE = 32  # side of the centres that compressibility, correlation and sharpness look at
 SMALL = 32  # the short side of the copy that all else is measured on has this many pixels, or up to twice as many
 COPY = 32  # side of the grey copy that is hashed
 THUMBNAIL = 16  # side of the grey copy that tells near duplicates from what merely hashes alike
@@ -25,12 +25,13 @@ _LEVELS_L = np.arange(256.0)
 
 @dataclass(frozen=True)
 class Look:
-    """What is kept of one image to measure it: some kilobytes, unless it is very long and thin."""
+    """What is kept of one image to measure it: some kilobytes."""
 
     colours: list[int]  # counts of the levels of three channels
     entropy: float
-    grey_HW: np.ndarray
-    centre_HW: np.ndarray
+    compressibility: float
+    near_HW: np.ndarray  # grey centre, in the image's own pixels
+    far_HW: np.ndarray  # grey centre of the small copy
     copy: bytes  # grey, COPY x COPY
     thumbnail: bytes
 
@@ -41,11 +42,13 @@ def look_at(image: Image.Image) -> Look:
     small = image.reduce(factor) if factor > 1 else image
     grey = _grey(small)
     copy = grey.resize((COPY, COPY), Image.Resampling.BOX)
+    near_HW = _centre(image)
     return Look(
         colours=small.histogram() * (3 // len(small.getbands())),
         entropy=grey.entropy(),
-        grey_HW=_pixels(grey),
-        centre_HW=_pixels(_centre(image)),
+        compressibility=len(zlib.compress(near_HW.tobytes(), 1)) / near_HW.size,
+        near_HW=near_HW,
+        far_HW=near_HW if small is image else _centre(grey),
         copy=copy.tobytes(),
         thumbnail=copy.reduce(COPY // THUMBNAIL).tobytes(),
     )
@@ -58,25 +61,25 @@ def measure(looks: Sequence[Look]) -> list[dict[str, float | int | bytes]]:
         mean_r, mean_g, mean_b, std_r, std_g, std_b: of each channel, in 0..255; a grey image has three equal ones.
         brightness: mean luma, in 0..1.
         entropy: of the grey levels, in bits (0..8).
-        sharpness: standard deviation of the edges, in 0..255.
+        sharpness: standard deviation of the edges in the centre of the small copy, in 0..255.
         compressibility: share of bytes that zlib leaves of the centre; noise keeps all of them.
-        correlation: of neighbours, in the centre or in the whole if that is more: a weave looks like noise from near.
-            Near 1 in photographs, near 0 in noise, and 1 in a constant image, where it is not defined.
+        correlation: of neighbours, in the centre or in that of the small copy if that is more: a weave looks like noise
+            from near. Near 1 in photographs, near 0 in noise, and 1 in a constant image, where it is not defined.
         phash: 64 bits that similar images share (`perceptual_hashes`).
         thumbnail: a grey copy, THUMBNAIL x THUMBNAIL bytes.
     """
     means_NC, deviations_NC = _moments([look.colours for look in looks])
-    greys = [look.grey_HW for look in looks]
-    centres = [look.centre_HW for look in looks]
+    near = [look.near_HW for look in looks]
+    far = [look.far_HW for look in looks]
     copies_NHW = np.frombuffer(b"".join(look.copy for look in looks), np.uint8).reshape(-1, COPY, COPY)
     columns = {
         **dict(zip(("mean_r", "mean_g", "mean_b"), means_NC.T.tolist(), strict=True)),
         **dict(zip(("std_r", "std_g", "std_b"), deviations_NC.T.tolist(), strict=True)),
         "brightness": (means_NC @ _LUMA / 255).tolist(),
         "entropy": [look.entropy for look in looks],
-        "sharpness": _by_shape(_sharpness, greys).tolist(),
-        "compressibility": [len(zlib.compress(centre.tobytes(), 1)) / centre.size for centre in centres],
-        "correlation": np.maximum(_by_shape(_correlations, greys), _by_shape(_correlations, centres)).tolist(),
+        "sharpness": _by_shape(_sharpness, far).tolist(),
+        "compressibility": [look.compressibility for look in looks],
+        "correlation": np.maximum(_by_shape(_correlations, near), _by_shape(_correlations, far)).tolist(),
         "phash": perceptual_hashes(copies_NHW).tolist(),
         "thumbnail": [look.thumbnail for look in looks],
     }
@@ -98,14 +101,11 @@ def _grey(image: Image.Image) -> Image.Image:
     return image if image.mode == "L" else image.convert("L")
 
 
-def _centre(image: Image.Image) -> Image.Image:
+def _centre(image: Image.Image) -> np.ndarray:
     width, height = min(PROBE, image.width), min(PROBE, image.height)
     left, top = (image.width - width) // 2, (image.height - height) // 2
-    return _grey(image.crop((left, top, left + width, top + height)))
-
-
-def _pixels(grey: Image.Image) -> np.ndarray:
-    return np.frombuffer(grey.tobytes(), np.uint8).reshape(grey.height, grey.width)
+    grey = _grey(image.crop((left, top, left + width, top + height)))
+    return np.frombuffer(grey.tobytes(), np.uint8).reshape(height, width)
 
 
 def _moments(counts: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -10,9 +10,10 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -104,6 +105,10 @@ class Source(ABC):
     @abstractmethod
     def home(self) -> str:
         """What names and states are valid in: facts of an image may be kept under these three."""
+
+    def part(self, rows: Sequence[int]) -> Self:
+        """A source of these rows alone, small enough to be sent to another process."""
+        return replace(self, names=[self.names[row] for row in rows], labels=self.labels[rows])
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -223,6 +228,9 @@ class ArraySource(Source):
             orientation=1,
             num_frames=1,
         )
+
+    def part(self, rows: Sequence[int]) -> Self:
+        return replace(super().part(rows), pixels=self.pixels[rows])
 
     def states(self) -> np.ndarray:
         return np.zeros((len(self), 2), np.int64)  # `home` says it all

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import struct
 import zlib
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from tasks.contracts.errors import StoreError
+from tasks.contracts.errors import RequantError, StoreError
 from tasks.data import manifest
 from tasks.data.cache import pixels_digest
 from tasks.data.manifest import SCHEMA, build_manifest
@@ -65,6 +66,23 @@ def test_only_what_changed_is_decoded_again(
     assert sorted(inspected) == ["cat/001.png", "dog/new.png"]
     assert after["path"].tolist() == ["cat/000.png", "cat/001.png", "cat/002.png", "dog/001.png", "dog/new.png"]
     assert after["width"].tolist() == [48, 9, 48, 48, 8]
+
+
+@pytest.mark.parametrize("kind", ["folder", "digits"])
+def test_processes_find_what_threads_find(
+    kind: str, write_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Faults included; which of them work is a question of number alone."""
+    folder = write_folder({"cat": 70, "dog": 70})
+    (folder / "cat/bad.png").write_bytes(b"")
+    source = open_source(str(folder) if kind == "folder" else "digits")
+    by_threads = build_manifest(source, tmp_path / "threads")
+    monkeypatch.setattr(manifest, "MANY", 100)
+    told: list[int] = []
+    pd.testing.assert_frame_equal(
+        build_manifest(source, tmp_path / "processes", lambda done, _: told.append(done)), by_threads
+    )
+    assert told[-1] == len(source)
 
 
 def test_a_killed_run_is_gone_on_with(
@@ -190,3 +208,14 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> N
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match="cannot be written"):
         build_manifest(open_source("digits"), tmp_path / "file")
+
+
+def test_a_process_that_dies_is_one_clear_error(
+    write_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one does that the system kills for want of memory."""
+    monkeypatch.setattr(manifest, "MANY", 1)
+    monkeypatch.setattr(manifest, "_rows", lambda chunk: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(RequantError, match="was killed") as caught:
+        build_manifest(open_source(str(write_folder({"cat": 3, "dog": 3}))), tmp_path / "scratch")
+    assert "Run again" in caught.value.remedy
