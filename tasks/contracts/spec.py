@@ -36,7 +36,7 @@ class ModelSpec(Section):
     )
     weights: str | None = Field(
         None,
-        description="A .safetensors or .pth file, or a torchvision weights name such as IMAGENET1K_V2 or DEFAULT.",
+        description="A .safetensors or .pth file, also s3://…, or a torchvision weights name such as DEFAULT.",
     )
     num_classes: Count | None = Field(None, description="Outputs of the model; taken from the data when not given.")
     class_names: tuple[str, ...] | None = Field(
@@ -157,9 +157,9 @@ class DataSpec(Section):
     source: str = Field(
         "digits",
         description="Folder with one sub-folder per class, a .csv or .parquet manifest (columns path, label), "
-        "torchvision:<dataset>, or digits (bundled).",
+        "torchvision:<dataset>, or digits (bundled). Folders and manifests may lie in S3: s3://bucket/prefix.",
     )
-    root: Path | None = Field(
+    root: str | None = Field(
         None,
         description="What a manifest's paths start from (default: its own folder); where torchvision keeps data.",
     )

@@ -37,7 +37,7 @@ def take_manifest(data: DataSpec, scratch: Path, progress: Progress | None = Non
         DataError: if a source cannot be opened.
         StoreError: if `scratch` cannot be written.
     """
-    source, gate = open_sources(data)
+    source, gate = open_sources(data, progress)
     total = len(source) + (0 if gate is None else len(gate))
     frames = [build_manifest(source, scratch, part_of(progress, 0, total))]
     if gate is not None:

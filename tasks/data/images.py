@@ -185,12 +185,12 @@ def prepare_images(
     return PreparedImages(images, gate, split_images(images, data, seed, gate), preprocess)
 
 
-def open_sources(data: DataSpec) -> tuple[Source, Source | None]:
+def open_sources(data: DataSpec, progress: Progress | None = None) -> tuple[Source, Source | None]:
     """The source, and the gate's own: what the spec names, or the test half of a torchvision data set."""
     gate = data.gate_source or (data.source if is_torchvision(data.source) else None)
     return (
-        open_source(data.source, data.root),
-        None if gate is None else open_source(gate, data.root, for_gate=True),
+        open_source(data.source, data.root, progress=progress),
+        None if gate is None else open_source(gate, data.root, for_gate=True, progress=progress),
     )
 
 

@@ -22,6 +22,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from pyarrow import csv
 
 from tasks.contracts.errors import DataError, SpecError
+from tasks.stores.mirror import Progress, is_remote, local_file, local_tree
 
 ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"})
 FORMATS = (
@@ -127,6 +128,7 @@ class FileSource(Source):
     """Image files below `root`."""
 
     root: Path
+    origin: str = ""  # where `root` is a copy of, if it is one
 
     def load(self, row: int) -> Image.Image:
         path = self.root / self.names[row]
@@ -191,7 +193,7 @@ class FileSource(Source):
 
     @property
     def home(self) -> str:
-        return str(self._real_root)
+        return self.origin or str(self._real_root)
 
     def fingerprint(self) -> str:
         """Trusts size and time of change, as make and rsync do, below one folder."""
@@ -243,17 +245,23 @@ class ArraySource(Source):
         return self._digest([str(self.pixels.shape).encode(), self.pixels.tobytes()])
 
 
-def open_source(source: str, root: Path | None = None, *, for_gate: bool = False) -> Source:
+def open_source(
+    source: str, root: str | Path | None = None, *, for_gate: bool = False, progress: Progress | None = None
+) -> Source:
     """The images that `source` names (see `DataSpec.source`).
 
     `root` is what a manifest's paths start from, and where torchvision keeps its data. Only a torchvision data set
-    comes in two halves: `for_gate` takes its test half.
+    comes in two halves: `for_gate` takes its test half. What lies in S3 is copied first, and `progress` is told.
 
     Raises:
+        StoreError: if S3 cannot be read.
         DataError: if there are no images, or fewer than two classes, or a manifest is unusable.
         SpecError: if torchvision has no such data set.
     """
-    opened = _open(source, root, for_gate=for_gate)
+    if is_remote(source) or is_remote(str(root)):
+        opened: Source = _remote(source, root, progress)
+    else:
+        opened = _open(source, None if root is None else Path(root), for_gate=for_gate)
     if len(opened.class_names) < 2:
         raise DataError(
             f"{source} holds one class only ({opened.class_names[0]}).", remedy="A classifier needs two or more."
@@ -287,7 +295,27 @@ def _open(source: str, root: Path | None, *, for_gate: bool) -> Source:
     return _folder(Path(source))
 
 
-def _folder(folder: Path) -> FileSource:
+def _remote(source: str, root: str | Path | None, progress: Progress | None) -> FileSource:
+    """Copied from S3. What was measured of it is kept under its own address, as each copy has a folder of its own."""
+    if not source.endswith((".csv", ".parquet")):
+        opened = _folder(local_tree(source, _is_image_of_a_class, progress), source)
+        return replace(opened, name=source, origin=source)
+    file = local_file(source) if is_remote(source) else Path(source)
+    start = str(root) if root is not None else source.rpartition("/")[0]
+    if not is_remote(start):
+        return replace(_manifest(file, Path(start)), name=source)
+    listed = frozenset(_text(file, _table(file), "path"))
+    return replace(_manifest(file, local_tree(start, listed.__contains__, progress)), name=source, origin=start)
+
+
+def _is_image_of_a_class(path: str) -> bool:
+    parts = PurePosixPath(path)
+    return (
+        len(parts.parts) == 2 and parts.suffix.lower() in ENDINGS and not any(map(_is_hidden, map(Path, parts.parts)))
+    )
+
+
+def _folder(folder: Path, shown: str = "") -> FileSource:
     if not folder.is_dir():
         raise DataError(
             f"There is no folder {folder}.",
@@ -298,7 +326,7 @@ def _folder(folder: Path) -> FileSource:
     images = [sorted(_images_in(folder / class_name)) for class_name in class_names]
     if not any(images):
         raise DataError(
-            f"{folder} holds no images in {len(class_names)} sub-folders.",
+            f"{shown or folder} holds no images in {len(class_names)} sub-folders.",
             remedy=f"Give each class a sub-folder with files that end in {', '.join(sorted(ENDINGS))}.",
         )
     if not all(images):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tasks.contracts.errors import ModelError
 from tasks.models.architectures import AUXILIARY, TORCHVISION
 from tasks.stores.base import sha256_of
+from tasks.stores.mirror import is_remote, local_file
 from tasks.stores.workspace import replacing
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "ema")  # the first that is there is taken
@@ -58,11 +59,14 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 
 def weights_file(weights: str) -> Path | None:
-    """The file that `weights` names, or None if it is the name of torchvision weights.
+    """The file that `weights` names, or None if it is the name of torchvision weights. One in S3 is copied first.
 
     Raises:
-        ModelError: if it is a URL of another kind than file://.
+        ModelError: if it is a URL of another kind than file:// and s3://.
+        StoreError: if S3 cannot be read.
     """
+    if is_remote(weights):
+        return local_file(weights)
     parts = urlsplit(weights)
     if parts.scheme == "file":
         return Path(url2pathname(parts.path))

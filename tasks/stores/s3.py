@@ -144,6 +144,15 @@ _BY_TYPE: tuple[tuple[type[Exception], _Fault], ...] = (
 _OTHER = _Fault("the request failed in a way that is not known here", "Look the code up in the server's manual.")
 
 
+class Object(NamedTuple):
+    """What a list says of an object."""
+
+    name: str
+    size_bytes: int
+    etag: str
+    modified: datetime
+
+
 class S3Store(Store):
     """Keys are object keys below `prefix` in a bucket that exists. Credentials are those that boto3 finds.
 
@@ -264,6 +273,39 @@ class S3Store(Store):
                 "lock": "lock objects, as the server has no conditional writes",
             }[self._condition_form()]
 
+    # Objects that are not ours: data and weights
+
+    def objects(self, prefix: str) -> Iterator[Object]:
+        """What lies under `prefix` (any text), in the order of its names."""
+        with self._errors("cannot be listed", f"{prefix}*"):
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self._bucket, Prefix=self._root + prefix
+            )
+            for page in pages:
+                for item in page.get("Contents", ()):
+                    name = item["Key"].removeprefix(self._root)
+                    yield Object(name, item["Size"], _bare(item["ETag"]), item["LastModified"])
+
+    def copy(self, found: Object, path: Path) -> None:
+        """Write the bytes of the object as it was listed.
+
+        Raises:
+            TransientStoreError: if it has changed since.
+            StoreError: if it is gone, or cannot be read.
+        """
+        with self._errors("cannot be read", found.name):
+            if found.size_bytes <= PART_BYTES:
+                try:
+                    content, answer = self._get(found.name)
+                except self._client.exceptions.NoSuchKey:
+                    raise self._missing(found.name, "It was there a moment ago: run again.") from None
+                path.write_bytes(content)
+            else:
+                self._download(found.name, path)
+                answer = self._head(found.name) or {"ETag": "none"}
+        if _bare(answer["ETag"]) != found.etag or path.stat().st_size != found.size_bytes:
+            raise TransientStoreError(f"{found.name} in {self} changes while it is read.", remedy="Run again.")
+
     # Objects
 
     def _put(self, key: str, content: bytes, *, writer: str = "", **condition: Any) -> str:
@@ -298,10 +340,7 @@ class S3Store(Store):
 
     def _listed(self, prefix: str) -> Iterator[tuple[str, datetime]]:
         """Names below the store's prefix, and when each was written by the server's clock."""
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._root + prefix)
-        for page in pages:
-            for item in page.get("Contents", ()):
-                yield item["Key"].removeprefix(self._root), item["LastModified"]
+        return ((found.name, found.modified) for found in self.objects(prefix))
 
     def _chunks(self, key: str, start: int, end: int) -> Generator[bytes, None, None]:
         """The object's bytes from `start` to `end`, in order; the next ones are on their way meanwhile."""
@@ -462,8 +501,8 @@ class S3Store(Store):
 
     # Errors
 
-    def _missing(self, key: str) -> StoreError:
-        return StoreError(f"{key} is not in {self}.", remedy="Run again: the step that makes it will redo it.")
+    def _missing(self, key: str, remedy: str = _GONE.remedy) -> StoreError:
+        return StoreError(f"{key} is not in {self}.", remedy=remedy)
 
     @contextmanager
     def _errors(self, problem: str, key: str) -> Iterator[None]:

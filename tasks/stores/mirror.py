@@ -1,0 +1,200 @@
+"""Data and weights in S3, as files: copied once, by content, into a folder of bounded size that processes share.
+
+<scratch>/mirror/blobs/<digest>        an object as it was listed: named by bucket, key, ETag and size
+<scratch>/mirror/trees/<digest>/...    objects under their own names, as hard links to blobs
+<scratch>/mirror/trees/<digest>.lock   held shared by every process that uses the tree; its time is the last use
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, BinaryIO
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+from tasks.contracts.errors import StoreError
+from tasks.contracts.settings import Settings
+from tasks.stores.base import open_store
+
+if TYPE_CHECKING:
+    from tasks.stores.s3 import Object, S3Store
+
+SCHEME = "s3://"
+DOWNLOADS = 16  # objects at once: many are small, and wait for the server more than for the wire
+
+Progress = Callable[[int, int], None]
+
+_in_use: dict[Path, BinaryIO] = {}  # lock files of the trees that this process uses; the system frees them at its end
+
+
+def is_remote(path: str) -> bool:
+    """Whether `path` lies in S3."""
+    return path.startswith(SCHEME)
+
+
+def local_file(url: str) -> Path:
+    """The object at s3://bucket/key, as a file of the same name.
+
+    Raises:
+        StoreError: if there is none, or it cannot be read, or it is larger than the cache.
+    """
+    folder, _, name = url.rpartition("/")
+    tree = _mirrored(folder, name, lambda path: path == name, None)
+    if not (tree / name).is_file():
+        raise StoreError(f"There is no object {url}.", remedy="Mend the address; its last part is the object's name.")
+    return tree / name
+
+
+def local_tree(url: str, wanted: Callable[[str], bool], progress: Progress | None = None) -> Path:
+    """The objects under s3://bucket/prefix/ whose path below it is `wanted`, as a folder of files.
+
+    It stays until this process ends, and longer if the cache has room. File times are those of the objects.
+
+    Raises:
+        StoreError: if they cannot be listed or read, or are larger than the cache.
+    """
+    return _mirrored(url, "", wanted, progress)
+
+
+def _mirrored(url: str, start: str, wanted: Callable[[str], bool], progress: Progress | None) -> Path:
+    """The same, of the paths that begin with `start`."""
+    settings = Settings()
+    parts = urlsplit(url)
+    store: S3Store = open_store(f"{SCHEME}{parts.netloc}")  # type: ignore[assignment]
+    prefix = f"{parts.path.strip('/')}/".lstrip("/")
+    home = settings.scratch / "mirror"
+    found = {
+        path: item
+        for item in store.objects(prefix + start)
+        if (path := item.name.removeprefix(prefix)) and _stays_inside(path) and wanted(path)
+    }
+    identity = [(path, _blob_name(parts.netloc, item)) for path, item in found.items()]
+    tree = home / "trees" / hashlib.sha256(json.dumps([url, identity]).encode()).hexdigest()
+    with _disk_errors(home):
+        for folder in (home / "blobs", home / "trees"):
+            folder.mkdir(parents=True, exist_ok=True)
+        _use(tree)
+        if not tree.is_dir():
+            room = int(settings.cache_gib * 2**30)
+            needed = sum(item.size_bytes for item in found.values())
+            if needed > room:
+                raise StoreError(
+                    f"{url} holds {needed / 2**30:.1f} GiB, more than the cache's {settings.cache_gib:g} GiB.",
+                    remedy="Raise REQUANT_CACHE_GIB, or name a smaller part.",
+                )
+            with (home / "lock").open("ab") as file:
+                fcntl.flock(file, fcntl.LOCK_SH)  # blobs that are in no tree yet must not be taken for leftovers
+                _fetch_all(store, parts.netloc, list(found.values()), home / "blobs", progress)
+                _build(tree, {path: home / "blobs" / name for path, name in identity})
+            _make_room(home, room)
+    return tree
+
+
+def _stays_inside(path: str) -> bool:
+    """Keys are any text; what no folder can hold, or what leads out of one, is passed over."""
+    parts = path.split("/")
+    return not {"", ".", ".."} & set(parts) and "\0" not in path and not PurePosixPath(path).is_absolute()
+
+
+def _blob_name(bucket: str, item: Object) -> str:
+    return hashlib.sha256(json.dumps([bucket, item.name, item.etag, item.size_bytes]).encode()).hexdigest()
+
+
+def _fetch_all(store: S3Store, bucket: str, items: Sequence[Object], blobs: Path, progress: Progress | None) -> None:
+    def fetch(item: Object) -> None:
+        final = blobs / _blob_name(bucket, item)
+        if final.exists():
+            return
+        partial = blobs / f".{uuid4().hex}.partial"
+        try:
+            store.copy(item, partial)
+            os.utime(partial, (item.modified.timestamp(),) * 2)
+            partial.replace(final)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    pool = ThreadPoolExecutor(DOWNLOADS)
+    try:
+        for done, _ in enumerate(pool.map(fetch, items), start=1):
+            if progress is not None:
+                progress(done, len(items))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _build(tree: Path, blobs: dict[str, Path]) -> None:
+    """The tree appears whole; two processes may build the same one."""
+    unfinished = tree.with_name(f".{uuid4().hex}.partial")
+    try:
+        unfinished.mkdir()
+        for path, blob in blobs.items():
+            (unfinished / path).parent.mkdir(parents=True, exist_ok=True)
+            (unfinished / path).hardlink_to(blob)
+        unfinished.replace(tree)
+    except OSError:
+        if not tree.is_dir():  # otherwise another process was first
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _use(tree: Path) -> None:
+    """Keep the tree from being removed while this process lives."""
+    lock = tree.with_suffix(".lock")
+    while tree not in _in_use:
+        file = lock.open("ab")
+        fcntl.flock(file, fcntl.LOCK_SH)
+        if lock.exists() and os.path.samestat(lock.stat(), os.fstat(file.fileno())):
+            _in_use[tree] = file
+        else:
+            file.close()  # removed with its tree just now
+    os.utime(lock)
+
+
+def _make_room(home: Path, room: int) -> None:
+    """Remove the trees that were not used for longest, and what only they held, until blobs fit into `room` bytes."""
+    with (home / "lock").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return  # another process fetches, and makes room at its end
+        locks = sorted((home / "trees").glob("*.lock"), key=lambda lock: lock.stat().st_mtime)
+        while _size(home / "blobs") > room and locks:
+            _remove(locks.pop(0))
+            for blob in (home / "blobs").iterdir():
+                if blob.stat().st_nlink == 1:  # in no tree, or left by a process that was killed
+                    blob.unlink()
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def _remove(lock: Path) -> None:
+    """A tree and its lock, unless a process uses it."""
+    with lock.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+        lock.unlink(missing_ok=True)
+
+
+@contextmanager
+def _disk_errors(home: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"{error.filename or home} cannot be written: {error.strerror or error}.",
+            remedy="Free space there, or set REQUANT_SCRATCH to a writable folder on a larger disk.",
+        ) from error

@@ -1,0 +1,196 @@
+"""Data and weights in S3, on a real server."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import torch
+from torch import nn
+
+from tasks.contracts.errors import DataError, StoreError, TransientStoreError
+from tasks.data.manifest import build_manifest
+from tasks.data.sources import FileSource, open_source
+from tasks.models.weights import load_weights, weights_digest
+from tasks.stores.base import open_store
+from tasks.stores.mirror import local_file, local_tree
+from tasks.stores.s3 import S3Store
+from tests.tasks.stores.faulty_proxy import counting, faulty
+from tests.tasks.stores.s3_server import S3Server
+
+Put = Callable[[str, bytes], None]
+PNG = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c49444154789c63f8cfc000000301010018dd8db00000"
+    "000049454e44ae426082"
+)
+
+
+@pytest.fixture
+def put(s3_server: S3Server, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Put:
+    """Writes an object below `s3_url`, as any other program would."""
+    monkeypatch.setenv("REQUANT_SCRATCH", str(tmp_path / "scratch"))
+    bucket, prefix = urlsplit(s3_url).netloc, urlsplit(s3_url).path.lstrip("/")
+    client = s3_server.client()
+
+    def write(name: str, content: bytes) -> None:
+        client.put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=content)
+
+    return write
+
+
+@pytest.fixture
+def pets(put: Put, s3_url: str) -> str:
+    """A folder of images per class, with other things in it."""
+    for name in ("cat/1.png", "cat/2 two.png", "dog/1.png", "dog/ö.png"):
+        put(f"pets/{name}", PNG)
+    for name in ("readme.txt", "cat/notes.txt", "cat/.hidden.png", "cat/deep/1.png", "../out.png", "dog//1.png"):
+        put(f"pets/{name}", b"no image")
+    return f"{s3_url}/pets"
+
+
+def in_process(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, *arguments], check=True, text=True, capture_output=True)
+
+
+FETCH = "import sys; from tasks.stores.mirror import local_tree; print(local_tree(sys.argv[1], lambda path: True))"
+
+
+def test_a_folder_of_images_is_a_source(pets: str) -> None:
+    """Images of the classes alone, under their own names; nothing leaves the folder."""
+    source = open_source(pets)
+    assert isinstance(source, FileSource)
+    assert source.name == pets
+    assert source.class_names == ("cat", "dog")
+    assert list(source.names) == ["cat/1.png", "cat/2 two.png", "dog/1.png", "dog/ö.png"]
+    assert source.load(1).size == (1, 1)
+    assert sorted(path.name for path in source.root.rglob("*.*")) == ["1.png", "1.png", "2 two.png", "ö.png"]
+
+
+def test_what_is_there_is_not_sent_again(
+    pets: str, put: Put, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Only what changed is, and only that is measured again."""
+    before = build_manifest(open_source(pets), tmp_path / "manifests")
+    requests: list[tuple[str, str]] = []
+    with faulty(s3_server.url, counting(requests)) as endpoint:
+        monkeypatch.setenv("REQUANT_S3_ENDPOINT", endpoint)
+        assert open_source(pets).fingerprint() == open_source(pets).fingerprint()
+        assert not [path for method, path in requests if method == "GET" and ".png" in path.partition("?")[0]]
+        put("pets/dog/1.png", PNG + b"more")
+        put("pets/dog/new.png", PNG)
+        requests.clear()
+        source, told = open_source(pets), list[int]()
+    sent = [path.rpartition("/")[2] for method, path in requests if method == "GET" and "?" not in path]
+    assert sorted(sent) == ["1.png", "new.png"]
+    after = build_manifest(source, tmp_path / "manifests", lambda done, total: told.append(total))
+    assert told == [2]
+    assert after["bytes"].tolist() == [*before["bytes"][:2], len(PNG) + 4, len(PNG), len(PNG)]
+
+
+def test_manifests_and_their_files(pets: str, put: Put, s3_url: str, tmp_path: Path) -> None:
+    """The list in S3 or here, its files beside it or elsewhere in S3; a listed file that is missing is named."""
+    text = b"path,label\ncat/1.png,a\ndog/1.png,b\n"
+    put("pets/list.csv", text)
+    put("lists/list.csv", text)
+    (tmp_path / "list.csv").write_bytes(text)
+    for source in (
+        open_source(f"{pets}/list.csv"),
+        open_source(f"{s3_url}/lists/list.csv", pets),
+        open_source(str(tmp_path / "list.csv"), pets),
+    ):
+        assert list(source.names) == ["cat/1.png", "dog/1.png"]
+        assert source.class_names == ("a", "b")
+        assert source.load(0).size == (1, 1)
+    put("lists/bad.csv", text + b"cat/none.png,a\n")
+    with pytest.raises(DataError, match=r"1 of 3 files are not in .*cat/none\.png"):
+        open_source(f"{s3_url}/lists/bad.csv", pets)
+
+
+def test_weights(put: Put, s3_url: str, tmp_path: Path) -> None:
+    """Loaded as tensors alone; their digest is that of the bytes."""
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    put("w.pth", (tmp_path / "w.pth").read_bytes())
+    load_weights(other, f"{s3_url}/w.pth", "linear")
+    assert torch.equal(other.weight, model.weight)
+    assert weights_digest(f"{s3_url}/w.pth") == weights_digest(str(tmp_path / "w.pth"))
+    with pytest.raises(StoreError, match=r"There is no object s3://.*/v\.pth") as caught:
+        load_weights(other, f"{s3_url}/v.pth", "linear")
+    assert caught.value.remedy
+
+
+def test_what_is_not_there(put: Put, s3_url: str) -> None:
+    """A prefix without images, a bucket that does not exist."""
+    with pytest.raises(DataError, match=r"s3://.*/none holds no images"):
+        open_source(f"{s3_url}/none")
+    with pytest.raises(StoreError, match="the bucket does not exist"):
+        open_source("s3://no-such-bucket-here/pets")
+
+
+def test_an_object_that_vanishes_or_changes_after_it_was_listed(
+    put: Put, s3_server: S3Server, s3_url: str, tmp_path: Path
+) -> None:
+    """Gone is final, changed may pass."""
+    put("small", b"1")
+    put("large", bytes(9 * 2**20))
+    store = open_store(s3_url)
+    assert isinstance(store, S3Store)
+    large, small = store.objects("")
+    put("small", b"2")
+    put("large", b"1" * (9 * 2**20))
+    for found in (large, small):
+        with pytest.raises(TransientStoreError, match="changes while it is read"):
+            store.copy(found, tmp_path / "copy")
+    for name in ("small", "large"):
+        store.delete(name)
+    for found in (large, small):
+        with pytest.raises(StoreError, match="is not in s3://"):
+            store.copy(found, tmp_path / "copy")
+
+
+def test_the_cache_keeps_its_bound(put: Put, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was used longest ago goes; what a process uses stays; what never fits is refused."""
+    for name in ("first", "second", "third"):
+        put(f"{name}/cat/1.png", name[0].encode() * 400_000)
+    monkeypatch.setenv("REQUANT_CACHE_GIB", str(900_000 / 2**30))
+    first, second = (Path(in_process(FETCH, f"{s3_url}/{name}").stdout.strip()) for name in ("first", "second"))
+    assert first.is_dir()
+    mine = local_tree(f"{s3_url}/third", lambda path: True)
+    assert not first.exists()
+    assert second.is_dir()
+    third_of_another = Path(in_process(FETCH, f"{s3_url}/first").stdout.strip())
+    assert (mine / "cat/1.png").stat().st_size == 400_000
+    assert not second.exists()
+    assert third_of_another == first
+    assert first.is_dir()
+    assert len(list((tmp_path / "scratch/mirror/blobs").iterdir())) == 2
+    monkeypatch.setenv("REQUANT_CACHE_GIB", str(100_000 / 2**30))
+    with pytest.raises(StoreError, match="more than the cache's") as caught:
+        local_tree(f"{s3_url}/second", lambda path: True)
+    assert "REQUANT_CACHE_GIB" in caught.value.remedy
+
+
+def test_several_processes_at_once(put: Put, s3_url: str, tmp_path: Path) -> None:
+    """All get the same whole folder, and nothing half-written stays."""
+    for number in range(40):
+        put(f"many/cat/{number}.png", PNG)
+    with ThreadPoolExecutor(4) as pool:
+        trees = {run.stdout for run in pool.map(lambda _: in_process(FETCH, f"{s3_url}/many"), range(4))}
+    (tree,) = trees
+    assert len(list(Path(tree.strip()).rglob("*.png"))) == 40
+    assert not list((tmp_path / "scratch").rglob("*.partial"))
+
+
+def test_a_full_or_read_only_scratch_is_one_clear_error(
+    pets: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("REQUANT_SCRATCH", str(tmp_path / "file"))
+    with pytest.raises(StoreError, match="cannot be written") as caught:
+        local_file(f"{pets}/readme.txt")
+    assert "REQUANT_SCRATCH" in caught.value.remedy
