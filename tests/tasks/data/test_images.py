@@ -172,7 +172,7 @@ def test_torchvisions_test_half_is_the_gate(fashion_mnist: Callable[..., Path]) 
     root = fashion_mnist(train=list(range(10)) * 4, t10k=list(range(10)) * 2)
     data = DataSpec(
         source="torchvision:FashionMNIST",
-        root=root,
+        root=str(root),
         calibration=10,
         selection=10,
         preprocess=PreprocessSpec(mean=(0.5,), std=(0.5,)),

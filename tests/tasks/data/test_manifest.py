@@ -114,6 +114,9 @@ def test_faults_are_rows_and_no_errors(write_folder: Callable[..., Path], tmp_pa
     (folder / "cat/page.jpg").write_text("<html>not found</html>")
     png = (folder / "cat/000.png").read_bytes()
     (folder / "cat/cut.png").write_bytes(png[: len(png) // 2])
+    Image.open(folder / "cat/000.png").save(folder / "cat/cut.jpg")
+    jpeg = (folder / "cat/cut.jpg").read_bytes()
+    (folder / "cat/cut.jpg").write_bytes(jpeg[: len(jpeg) * 2 // 3])
     Image.new("I;16", (9, 9)).save(folder / "cat/deep.png")
     (tmp_path / "elsewhere.png").write_bytes(png)
     (folder / "cat/link.png").symlink_to(tmp_path / "elsewhere.png")
@@ -124,6 +127,7 @@ def test_faults_are_rows_and_no_errors(write_folder: Callable[..., Path], tmp_pa
     faults = dict(frame["fault"].dropna())
     assert sorted(faults) == [
         "cat/caf\\xe9.png",
+        "cat/cut.jpg",
         "cat/cut.png",
         "cat/deep.png",
         "cat/empty.jpg",
@@ -132,6 +136,7 @@ def test_faults_are_rows_and_no_errors(write_folder: Callable[..., Path], tmp_pa
         "cat/page.jpg",
     ]
     assert faults["cat/caf\\xe9.png"] == "the name is not UTF-8"
+    assert "truncated" in faults["cat/cut.jpg"]
     assert faults["cat/empty.jpg"] == "is empty"
     assert faults["cat/link.png"] == f"leads out of {folder}"
     assert "more than 8 bits" in faults["cat/deep.png"]
