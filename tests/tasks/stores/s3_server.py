@@ -99,6 +99,7 @@ class User:
 
     access_key: str
     secret_key: str
+    name: str = ""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -173,8 +174,9 @@ class S3Server:
 
     def new_user(self) -> User:
         """Another account, with no rights on what others own."""
-        user, name = User(secrets.token_hex(10), secrets.token_hex(20)), f"user{secrets.token_hex(4)}"
-        self._call("radosgw-admin", "-n", "client.rgw", "user", "create", f"--uid={name}", f"--display-name={name}",
+        user = User(secrets.token_hex(10), secrets.token_hex(20), f"user{secrets.token_hex(4)}")
+        self._call("radosgw-admin", "-n", "client.rgw", "user", "create",
+                   f"--uid={user.name}", f"--display-name={user.name}",
                    f"--access-key={user.access_key}", f"--secret-key={user.secret_key}")  # fmt: skip
         return user
 
