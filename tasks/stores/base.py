@@ -23,7 +23,7 @@ from tasks.contracts.settings import S3Settings
 from tasks.stores.workspace import resuming
 
 Keys: TypeAlias = list[str]  # inside Store, `list` is a method
-GRACE = timedelta(days=7)  # longer than any run; what a run has stored or taken within it is not collected
+GRACE = timedelta(days=7)  # what was stored or renewed within it is not collected; a run may take half of it
 
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.=@+-]*"  # no part starts with a dot: `..` is out, and so are half-written files
 _KEY = re.compile(rf"{_PART}(/{_PART})*")
