@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
@@ -21,6 +21,9 @@ from rich.text import Text
 from tasks.contracts.errors import DataRejected, GateRejected, RequantError, SpecError
 from tasks.contracts.settings import Settings
 from tasks.contracts.spec import RunSpec, read_spec, spec_from
+
+if TYPE_CHECKING:
+    from flows.registry import Registry
 
 app = typer.Typer(
     help="Re-quantize vision models: a float classifier in, a gated INT8 engine out.",
@@ -131,10 +134,105 @@ def doctor() -> None:
         console.print(line, soft_wrap=True)  # a table would cut paths to the width of the screen
 
 
+Model = Annotated[str, typer.Argument(metavar="NAME", help="Name of the model, as in its spec.")]
+Number = Annotated[int, typer.Argument(metavar="N", help="Number of a release.", min=1)]
+SomeNumber = Annotated[int | None, typer.Argument(metavar="[N]", help="Release; the champion by default.", min=1)]
+
+
+@app.command()
+def releases(name: Model) -> None:
+    """All releases of a model."""
+    _print(_registry().releases(name))
+
+
+@app.command()
+def history(name: Model) -> None:
+    """Who was champion, when and why."""
+    _print(_registry().history(name))
+
+
+@app.command()
+def show(name: Model, number: SomeNumber = None) -> None:
+    """A release: scores, engines, and what it was made from."""
+    _print(_registry().show(name, number))
+
+
+@app.command()
+def compare(name: Model, one: Number, other: Number) -> None:
+    """What differs between two releases."""
+    _print(_registry().compare(name, one, other))
+
+
+@app.command()
+def promote(name: Model, number: Number) -> None:
+    """Make a release the champion, once it is verified."""
+    _print(_registry().promote(name, number))
+
+
+@app.command()
+def rollback(name: Model) -> None:
+    """Make the champion before this one the champion again."""
+    _print(_registry().rollback(name))
+
+
+@app.command()
+def verify(
+    target: Annotated[str, typer.Argument(metavar="NAME|DIR", help="A model, or a folder that was pulled.")],
+    number: SomeNumber = None,
+) -> None:
+    """Signature and digests of a release in the store, or of a pulled folder without it."""
+    _print(_registry().verify(target, number))
+
+
+@app.command()
+def pull(
+    name: Model,
+    to: Annotated[Path, typer.Option(help="A new folder, which appears whole or not at all.")],
+    release: Annotated[int | None, typer.Option(help="The champion by default.", min=1)] = None,
+    hardware: Annotated[str | None, typer.Option(help="Part of the name of what the engine was built for.")] = None,
+) -> None:
+    """Fetch a verified engine, and what serving it needs."""
+    _print(_registry().pull(name, to=to, number=release, hardware=hardware))
+
+
+@app.command()
+def gc(
+    delete: Annotated[bool, typer.Option("--delete", help="Delete it; otherwise it is only listed.")] = False,
+    keep_releases: Annotated[int, typer.Option(help="Newest ones, and as many champions before this one.", min=1)] = 5,
+    keep_days: Annotated[float, typer.Option(help="Younger releases and runs are kept.", min=0)] = 90,
+) -> None:
+    """Old releases and runs, and the artifacts that nothing else refers to."""
+    _print(_registry().collect(keep_releases=keep_releases, keep_days=keep_days, delete=delete))
+
+
+@app.command()
+def keygen(
+    path: Annotated[Path, typer.Argument(help="The private key; the public one gets .pub behind.")] = Path(
+        "requant-signing-key.pem"
+    ),
+) -> None:
+    """A key pair to sign releases with."""
+    from flows.registry import keygen
+
+    _print(keygen(path))
+
+
 @app.command()
 def schema() -> None:
     """The spec's JSON schema, for editors."""
     typer.echo(yaml.safe_dump(RunSpec.model_json_schema(), sort_keys=False))
+
+
+def _registry() -> Registry:
+    _check_settings()
+    from flows.registry import open_registry
+
+    return open_registry()
+
+
+def _print(lines: Iterator[str]) -> None:
+    for line in lines:
+        typer.echo(line)
 
 
 def _spec(file: Path | None, short: Mapping[str, str | None], assign: list[str] | None) -> RunSpec:

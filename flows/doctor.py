@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
-from tasks.contracts.errors import StoreError
+from tasks.contracts.errors import ReleaseError, StoreError
 from tasks.contracts.settings import Settings
 from tasks.engines.hardware import hardware, has_vnni
 from tasks.stores.base import open_store
+from tasks.stores.signing import key_id, keys_from
 
 Finding = tuple[str, str, str]  # what, found, so
 
@@ -35,6 +36,7 @@ def findings() -> Iterator[Finding]:
     )
     yield from _store()
     yield _scratch()
+    yield _signing()
     url = os.environ.get("PREFECT_API_URL")
     yield "Prefect API", url or "not set", "runs are shown there" if url else "each run starts a server of its own"
 
@@ -67,6 +69,16 @@ def _store() -> Iterator[Finding]:
         yield "compare-and-set", store.compare_and_set(), "releases are moved by it"
     except StoreError as error:
         yield "store", "s3://..." if "@" in url else url, str(error)
+
+
+def _signing() -> Finding:
+    try:
+        keys = keys_from(Settings())
+    except ReleaseError as error:
+        return "releases", "keys cannot be used", str(error)
+    by = "unsigned" if keys.signer is None else f"signed by {key_id(keys.signer.public_key())}"
+    trusted = f"trusted: {', '.join(keys.trusted)}" if keys.trusted else "signatures are not checked"
+    return "releases", by, trusted
 
 
 def _scratch() -> Finding:

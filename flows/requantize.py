@@ -1,4 +1,4 @@
-"""The product: a float classifier in, a judged INT8 engine out, or a failed run that says why."""
+"""The product: a float classifier in, a released INT8 engine out, or a failed run that says why."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from tasks.measure_engine import measure_engine
 from tasks.prepare_data import prepare_data
 from tasks.publish_report import publish_report
 from tasks.quantize_model import quantize_model
+from tasks.release_engine import release_engine
 from tasks.report.content import RunReport
 from tasks.score_engine import score_engine
 from tasks.score_float import score_float
@@ -48,4 +49,5 @@ def requantize(spec: RunSpec) -> RunReport:
     )
     if not decision.passed:  # everything is stored by now, for study
         raise GateRejected(f"{rejection_message(decision)}.", remedy="The report shows what was measured.")
+    release_engine(report)
     return report

@@ -25,6 +25,7 @@ PYTHONS = ("3.11", "3.12", "3.13")
 HOMES = {
     "prefect": ("flows/*.py", "tasks/*.py"),
     "boto3": ("tasks/stores/s3.py",),
+    "cryptography": ("tasks/stores/signing.py",),
     "onnxruntime": ("tasks/engines/onnxruntime.py", "tasks/scoring/memory_probe.py"),
     "tensorrt": ("tasks/engines/tensorrt.py",),
     "pycuda": ("tasks/engines/tensorrt.py",),

@@ -10,6 +10,7 @@ RequantError
 ├── EngineError      a compiler or runtime failed             see the chained vendor error
 ├── StoreError       storage misbehaved
 │   └── TransientStoreError   may pass: the step is retried
+├── ReleaseError     a release is missing, incomplete, or not to be trusted
 └── GateRejected     the engine is worse than agreed          not a fault: read the verdicts
 """
 
@@ -66,6 +67,10 @@ class StoreError(RequantError):
 
 class TransientStoreError(StoreError):
     """Storage misbehaved in a way that can pass by itself."""
+
+
+class ReleaseError(RequantError):
+    """A release is missing, incomplete, or not to be trusted."""
 
 
 class GateRejected(RequantError):

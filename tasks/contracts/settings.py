@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
 class Settings(BaseSettings):
@@ -22,6 +23,15 @@ class Settings(BaseSettings):
         50.0, gt=0, description="Most room in scratch for data and weights from S3; what was used last stays."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where PyTorch runs; auto takes CUDA if it can.")
+    signing_key: Path | None = Field(None, description="PEM file of the private key that signs releases.")
+    trusted_keys: Annotated[tuple[Path, ...], NoDecode] = Field(
+        (), description="PEM files of public keys, joined by : as in PATH; a release signed by no other is used."
+    )
+
+    @field_validator("trusted_keys", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(filter(None, value.split(os.pathsep))) if isinstance(value, str) else value
 
 
 class S3Settings(BaseSettings):

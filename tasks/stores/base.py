@@ -23,11 +23,23 @@ from tasks.contracts.settings import S3Settings
 from tasks.stores.workspace import resuming
 
 Keys: TypeAlias = list[str]  # inside Store, `list` is a method
+GRACE = timedelta(days=7)  # what was stored or renewed within it is not collected; a run may take half of it
 
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.=@+-]*"  # no part starts with a dot: `..` is out, and so are half-written files
 _KEY = re.compile(rf"{_PART}(/{_PART})*")
 _PREFIX = re.compile(rf"({_PART}/)*({_PART})?")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
+
+
+class Entry(NamedTuple):
+    """What a list tells of an artifact or a document."""
+
+    key: str
+    size_bytes: int
+    modified: datetime  # by the clock of the store, with its zone
+
+
+Entries: TypeAlias = list[Entry]
 
 
 class Versioned(NamedTuple):
@@ -45,7 +57,7 @@ class Store(ABC):
         sha256, size_bytes = _digest(path)
         key = _checked(f"objects/{kind}/{sha256}{path.suffix}")
         ref = ArtifactRef(key=key, sha256=sha256, size_bytes=size_bytes)
-        if not self.holds(ref):
+        if not self.renew(ref):
             self._upload(path, key, sha256)
         return ref
 
@@ -77,7 +89,19 @@ class Store(ABC):
 
     def holds(self, ref: ArtifactRef) -> bool:
         """True if the artifact is there in its full size. The digest is checked by `fetch`."""
-        return self._size(_checked(ref.key)) == ref.size_bytes
+        entry = self.entry(ref.key)
+        return entry is not None and entry.size_bytes == ref.size_bytes
+
+    def renew(self, ref: ArtifactRef) -> bool:
+        """Like `holds`; what is there counts as newly stored, so that nobody collects it from under a run."""
+        entry = self.entry(ref.key)
+        if entry is None or entry.size_bytes != ref.size_bytes:
+            return False
+        return datetime.now(UTC) - entry.modified < GRACE / 2 or self._renew(ref.key)
+
+    def entry(self, key: str) -> Entry | None:
+        """Size and age; None if there is nothing under this key."""
+        return self._entry(_checked(key))
 
     def write_text(self, key: str, text: str) -> None:
         """Put a small document under a name of its own; readers see the old one or the new one, never a mixture."""
@@ -119,9 +143,13 @@ class Store(ABC):
 
     def list(self, prefix: str) -> Keys:
         """All keys that start with `prefix`, sorted. `steps/` is what lies in a folder; an empty prefix is all."""
+        return [entry.key for entry in self.entries(prefix)]
+
+    def entries(self, prefix: str) -> Entries:
+        """What `list` gives, with sizes and ages."""
         if not _PREFIX.fullmatch(prefix):
             raise StoreError(f"{prefix!r} is not the start of a key.", remedy="Use parts such as steps/.")
-        return sorted(filter(_KEY.fullmatch, self._keys(prefix)))  # others are not ours, or half-written
+        return sorted(entry for entry in self._entries(prefix) if _KEY.fullmatch(entry.key))  # or half-written
 
     @abstractmethod
     def __str__(self) -> str:
@@ -139,7 +167,11 @@ class Store(ABC):
         """Make the file complete and say its sha256. What it holds already may be taken for the object's beginning."""
 
     @abstractmethod
-    def _size(self, key: str) -> int | None: ...
+    def _entry(self, key: str) -> Entry | None: ...
+
+    @abstractmethod
+    def _renew(self, key: str) -> bool:
+        """Set the time of an object to now; False if it is gone."""
 
     @abstractmethod
     def _write(self, key: str, content: bytes) -> None: ...
@@ -155,7 +187,7 @@ class Store(ABC):
     def _delete(self, key: str) -> None: ...
 
     @abstractmethod
-    def _keys(self, prefix: str) -> Keys: ...
+    def _entries(self, prefix: str) -> Entries: ...
 
     @abstractmethod
     def _remove_leftovers(self, before: datetime) -> int: ...

@@ -9,12 +9,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 from tasks.contracts.errors import StoreError
 from tasks.contracts.records import ArtifactRef
-from tasks.stores.base import Keys, Store, sha256_of
+from tasks.stores.base import Entries, Entry, Store, sha256_of
 from tasks.stores.workspace import replacing
 
 _REMEDIES = {
@@ -55,12 +55,21 @@ class LocalStore(Store):
             raise self._missing(key) from None
         return sha256_of(path)
 
-    def _size(self, key: str) -> int | None:
+    def _entry(self, key: str) -> Entry | None:
         with self._errors("cannot be looked up", key):
             try:
-                return (self._root / key).stat().st_size
+                found = (self._root / key).stat()
             except FileNotFoundError:
                 return None
+        return Entry(key, found.st_size, datetime.fromtimestamp(found.st_mtime, UTC))
+
+    def _renew(self, key: str) -> bool:
+        with self._errors("cannot be renewed", key):
+            try:
+                os.utime(self._root / key)
+            except FileNotFoundError:
+                return False
+        return True
 
     def _write(self, key: str, content: bytes) -> None:
         with self._errors("cannot be written", key), replacing(self._made(key)) as partial:
@@ -88,7 +97,7 @@ class LocalStore(Store):
         with self._errors("cannot be deleted", key):
             (self._root / key).unlink(missing_ok=True)
 
-    def _keys(self, prefix: str) -> Keys:
+    def _entries(self, prefix: str) -> Entries:
         start = self._root / prefix.rpartition("/")[0]  # folders beside the prefix are not walked
         with self._errors("cannot be listed", prefix):
             keys = [
@@ -96,7 +105,8 @@ class LocalStore(Store):
                 for folder, _, names in os.walk(start, onerror=_unless_missing)
                 for name in names
             ]
-        return [key for key in keys if key.startswith(prefix)]
+        entries = (self._entry(key) for key in keys if key.startswith(prefix))
+        return [entry for entry in entries if entry is not None]  # None if deleted meanwhile
 
     def _remove_leftovers(self, before: datetime) -> int:
         removed = 0

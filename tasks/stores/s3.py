@@ -25,7 +25,7 @@ from urllib3.exceptions import HTTPError
 
 from tasks.contracts.errors import StoreError, TransientStoreError
 from tasks.contracts.settings import S3Settings
-from tasks.stores.base import Keys, Store
+from tasks.stores.base import Entries, Entry, Store
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -204,10 +204,29 @@ class S3Store(Store):
                         digest.update(chunk)
             return digest.hexdigest()
 
-    def _size(self, key: str) -> int | None:
+    def _entry(self, key: str) -> Entry | None:
         with self._errors("cannot be looked up", key):
             head = self._head(key)
-            return None if head is None else int(head["ContentLength"])
+            return None if head is None else Entry(key, head["ContentLength"], head["LastModified"])
+
+    def _renew(self, key: str) -> bool:
+        """By copying the object onto itself inside the server, which S3 does up to 5 GiB."""
+        with self._errors("cannot be renewed", key):
+            head = self._head(key)
+            if head is None:
+                return False
+            source: Any = {"Bucket": self._bucket, "Key": self._root + key}
+            try:
+                self._client.copy_object(
+                    **source,
+                    CopySource=source,
+                    MetadataDirective="REPLACE",
+                    Metadata=head["Metadata"],
+                    **self._encrypted,
+                )
+            except self._client.exceptions.NoSuchKey:
+                return False
+            return True
 
     def _write(self, key: str, content: bytes) -> None:
         with self._errors("cannot be written", key):
@@ -247,9 +266,9 @@ class S3Store(Store):
         with self._errors("cannot be deleted", key):
             self._client.delete_object(Bucket=self._bucket, Key=self._root + key)
 
-    def _keys(self, prefix: str) -> Keys:
+    def _entries(self, prefix: str) -> Entries:
         with self._errors("cannot be listed", f"{prefix}*"):
-            return [name for name, _ in self._listed(prefix)]
+            return list(self._listed(prefix))
 
     def _remove_leftovers(self, before: datetime) -> int:
         removed = 0
@@ -259,9 +278,9 @@ class S3Store(Store):
                     self._abort(upload["Key"], upload["UploadId"])
                     removed += 1
             for folder in (_LOCKS, _PROBES):
-                for name, modified in self._listed(folder):
-                    if modified < before:
-                        self._delete(name)
+                for entry in self._listed(folder):
+                    if entry.modified < before:
+                        self._delete(entry.key)
                         removed += 1
         return removed
 
@@ -338,9 +357,9 @@ class S3Store(Store):
                 self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._root + key, MaxKeys=1)
             raise
 
-    def _listed(self, prefix: str) -> Iterator[tuple[str, datetime]]:
-        """Names below the store's prefix, and when each was written by the server's clock."""
-        return ((found.name, found.modified) for found in self.objects(prefix))
+    def _listed(self, prefix: str) -> Iterator[Entry]:
+        """With names below the store's prefix."""
+        return (Entry(found.name, found.size_bytes, found.modified) for found in self.objects(prefix))
 
     def _chunks(self, key: str, start: int, end: int) -> Generator[bytes, None, None]:
         """The object's bytes from `start` to `end`, in order; the next ones are on their way meanwhile."""
@@ -390,6 +409,10 @@ class S3Store(Store):
             raise TransientStoreError(
                 f"{key} has arrived in {self} with {found} bytes, expected {size_bytes}.", remedy="Store it again."
             )
+
+    def _size(self, key: str) -> int | None:
+        entry = self._entry(key)
+        return None if entry is None else entry.size_bytes
 
     def _open_upload(self, key: str, sizes: Mapping[int, int]) -> tuple[str, dict[int, str]]:
         """An unfinished upload in parts of these sizes, and the ETag of each part that is there: its MD5, or no match.
@@ -492,7 +515,7 @@ class S3Store(Store):
 
     def _other_claims(self, folder: str, mine: str) -> list[str]:
         """Claims that count, by the server's clock."""
-        claims = dict(self._listed(folder))
+        claims = {entry.key: entry.modified for entry in self._listed(folder)}
         now = claims.pop(mine, None)
         if now is None:
             return [mine]  # not shown yet, so what is shown may be old

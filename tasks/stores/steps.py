@@ -39,7 +39,7 @@ def once(
     """
     key = f"steps/{step}/{step_key(step, inputs)}.json"
     found = _stored(store.read_text(key), record_type)
-    if found is not None and all(store.holds(ref) for ref in refs_in(found)):
+    if found is not None and all(store.renew(ref) for ref in refs_in(found)):
         return found, True
     record = compute()
     document = {"step": step, "inputs": inputs, "record": json.loads(record.model_dump_json())}

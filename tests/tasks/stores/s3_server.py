@@ -67,7 +67,8 @@ bluestore_block_size = {size_bytes}
 
 [client.rgw]
 rgw_data = {home}
-rgw_frontends = beast {frontends}
+# without tcp_nodelay each answer with a body takes 40 ms longer
+rgw_frontends = beast tcp_nodelay=1 {frontends}
 rgw_enable_apis = s3
 rgw_thread_pool_size = 64
 rgw_rados_pool_pg_num_min = 2

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from tasks.contracts.errors import StoreError
 from tasks.contracts.records import ArtifactRef
+from tasks.stores import base
 from tasks.stores.base import Store, open_store, sha256_of
 from tests.tasks.stores.faulty_proxy import faulty, no_conditions
 
@@ -130,6 +132,35 @@ def test_list_gives_sorted_keys_by_prefix(store: Store) -> None:
     assert store.list("nothing/") == []
 
 
+def test_entries_tell_size_and_age(store: Store, tmp_path: Path) -> None:
+    """The same keys as in a list, each with its bytes and when it was written; one alone can be asked too."""
+    ref = store.put(a_file(tmp_path), kind="engine")
+    store.write_text("runs/a.json", "{}")
+    entries = store.entries("")
+    assert [(entry.key, entry.size_bytes) for entry in entries] == [(ref.key, 7), ("runs/a.json", 2)]
+    assert all(abs(datetime.now(UTC) - entry.modified) < timedelta(minutes=1) for entry in entries)
+    assert store.entry(ref.key) is not None
+    assert store.entry("runs/b.json") is None
+
+
+def test_what_is_renewed_is_young_again(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what is there in full size; the bytes stay, and what is young is left alone."""
+    ref = store.put(a_file(tmp_path), kind="engine")
+    stored = store.entry(ref.key)
+    time.sleep(1.1)  # lists of S3 tell whole seconds
+    assert store.renew(ref)
+    assert store.entry(ref.key) == stored
+    monkeypatch.setattr(base, "GRACE", timedelta(0))
+    assert store.renew(ref)
+    renewed = store.entry(ref.key)
+    assert stored is not None
+    assert renewed is not None
+    assert renewed.modified > stored.modified
+    assert store.fetch(ref, tmp_path / "out").read_bytes() == b"weights"
+    assert not store.renew(ref.model_copy(update={"size_bytes": 6}))
+    assert not store.renew(ABSENT)
+
+
 @pytest.mark.parametrize(
     "key", ["", "/etc/passwd", "../up", "a/../b", "a/..", "a//b", "a/", "a\\b", ".hidden", "a/.b", "a\nb", "a\n", "ä"]
 )
@@ -142,6 +173,7 @@ def test_keys_that_could_leave_the_store_are_refused(store: Store, tmp_path: Pat
         lambda: store.write_if(key, "", None),
         lambda: store.delete(key),
         lambda: store.holds(ref),
+        lambda: store.renew(ref),
         lambda: store.fetch(ref, tmp_path / "out"),
     ):
         with pytest.raises(StoreError, match="is not a key"):
