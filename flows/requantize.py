@@ -21,6 +21,7 @@ from tasks.publish_report import publish_report
 from tasks.quantize_model import quantize_model
 from tasks.release_engine import release_engine
 from tasks.report.content import RunReport
+from tasks.score_champion import score_champion
 from tasks.score_engine import score_engine
 from tasks.score_float import score_float
 
@@ -40,13 +41,15 @@ def requantize(spec: RunSpec) -> RunReport:
     engine = build_engine(spec, exported)
 
     score = score_engine(spec, data, engine, baseline)
+    champion = score_champion(spec, data, engine, score)
     parity = check_parity(spec, data, model, quantized, score)
     speed = measure_engine(spec, data, exported, engine)
-    decision = judge_engine(spec, score, parity, exported, speed)
+    decision = judge_engine(spec, score, champion, parity, exported, speed)
 
     report = publish_report(
-        spec, check, data, model, baseline, choice, draws, quantized, exported, engine, score, parity, speed, decision
-    )
+        spec, check, data, model, baseline, choice, draws, quantized, exported, engine,
+        score, champion, parity, speed, decision,
+    )  # fmt: skip
     if not decision.passed:  # everything is stored by now, for study
         raise GateRejected(f"{rejection_message(decision)}.", remedy="The report shows what was measured.")
     release_engine(report)

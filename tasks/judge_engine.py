@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prefect import get_run_logger
 
-from tasks.contracts.records import Decision, EngineScore, EngineSpeed, ExportRecord, Parity
+from tasks.contracts.records import ChampionScore, Decision, EngineScore, EngineSpeed, ExportRecord, Parity
 from tasks.contracts.spec import RunSpec
 from tasks.gates.judge import judge, metrics_from
 from tasks.step import step
@@ -12,11 +12,21 @@ from tasks.step import step
 
 @step("judge by gates")
 def judge_engine(
-    spec: RunSpec, score: EngineScore, parity: Parity, exported: ExportRecord, speed: EngineSpeed
+    spec: RunSpec,
+    score: EngineScore,
+    champion: ChampionScore | None,
+    parity: Parity,
+    exported: ExportRecord,
+    speed: EngineSpeed,
 ) -> Decision:
-    """One verdict per gate. Nothing is raised here: first the report must be stored."""
-    measured = metrics_from(score.comparison, parity, exported.compression, speed.latencies, speed.memory)
-    decision = judge(measured, spec.gates)
+    """One verdict per gate; without a champion there is nothing that its gate could ask for.
+
+    Nothing is raised here: first the report must be stored.
+    """
+    rival = None if champion is None else champion.comparison
+    measured = metrics_from(score.comparison, rival, parity, exported.compression, speed.latencies, speed.memory)
+    gates = spec.gates if rival else spec.gates.model_copy(update={"max_champion_drop": None})
+    decision = judge(measured, gates)
     passed = sum(verdict.passed for verdict in decision.verdicts)
     get_run_logger().info("%d of %d gates passed", passed, len(decision.verdicts))
     return decision

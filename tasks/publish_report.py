@@ -10,6 +10,7 @@ from prefect.artifacts import create_image_artifact, create_markdown_artifact, c
 
 from tasks.contracts.records import (
     Accuracy,
+    ChampionScore,
     Choice,
     DataCheck,
     DataRecord,
@@ -48,6 +49,7 @@ def publish_report(
     exported: ExportRecord,
     engine: EngineRecord,
     score: EngineScore,
+    champion: ChampionScore | None,
     parity: Parity,
     speed: EngineSpeed,
     decision: Decision,
@@ -67,6 +69,7 @@ def publish_report(
         draws=draws,
         engine_accuracy=score.accuracy,
         comparison=score.comparison,
+        champion=champion,
         latencies=speed.latencies,
         memory=speed.memory,
         export=exported,

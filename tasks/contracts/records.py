@@ -272,6 +272,15 @@ class EngineScore(Record):
     comparison: Comparison
 
 
+class ChampionScore(Record):
+    """The champion on the same gate images. The comparison is of the challenger with it: a drop is a loss to it."""
+
+    release: int
+    accuracy: Accuracy
+    comparison: Comparison
+    bytes: int
+
+
 class EngineSpeed(Record):
     """The engine on the clock, beside the float model in the same runtime."""
 

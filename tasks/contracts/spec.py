@@ -249,6 +249,9 @@ class GatesSpec(Section):
 
     max_top1_drop: float | None = Field(1.0, description="Float minus engine top-1, in points.")
     max_top5_drop: float | None = Field(1.0, description="Float minus engine top-5, in points.")
+    max_champion_drop: float | None = Field(
+        1.0, description="Champion minus engine top-1 on the same images, in points; judged if they can be compared."
+    )
     max_class_drop: float | None = Field(None, description="The worst class's loss of recall, in points.")
     min_agreement: float | None = Field(95.0, ge=0, le=100, description="Same answer as the float model, in percent.")
     min_parity: float | None = Field(97.0, ge=0, le=100, description="Same answer as the simulation, in percent.")

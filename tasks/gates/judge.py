@@ -25,6 +25,7 @@ class Gate:
 GATES = {
     "max_top1_drop": Gate("top1_drop", "points", "at most"),
     "max_top5_drop": Gate("top5_drop", "points", "at most"),
+    "max_champion_drop": Gate("champion_drop", "points", "at most"),
     "max_class_drop": Gate("class_drop", "points", "at most"),
     "min_agreement": Gate("agreement", "%", "at least"),
     "min_parity": Gate("parity", "%", "at least"),
@@ -42,12 +43,18 @@ def judge(measured: Mapping[str, float | None], gates: GatesSpec) -> Decision:
 
 
 def metrics_from(
-    comparison: Comparison, parity: Parity, compression: Compression, latencies: Sequence[Latency], memory: Memory
-) -> dict[str, float]:
+    comparison: Comparison,
+    champion: Comparison | None,
+    parity: Parity,
+    compression: Compression,
+    latencies: Sequence[Latency],
+    memory: Memory,
+) -> dict[str, float | None]:
     """Everything that a gate can ask for. Of the latencies the first is gated."""
     return {
         "top1_drop": comparison.top1_drop,
         "top5_drop": comparison.top5_drop,
+        "champion_drop": None if champion is None else champion.top1_drop,
         "class_drop": comparison.class_drop,
         "agreement": comparison.agreement,
         "parity": parity.agreement,

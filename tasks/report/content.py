@@ -11,6 +11,7 @@ from statistics import mean
 
 from tasks.contracts.records import (
     Accuracy,
+    ChampionScore,
     Choice,
     Comparison,
     Compression,
@@ -49,6 +50,7 @@ class RunReport(Record):
     float_accuracy: Accuracy  # on the gate split, as is all that follows
     engine_accuracy: Accuracy
     comparison: Comparison
+    champion: ChampionScore | None  # None if there was none, or it could not be compared
     latencies: tuple[Latency, ...]
     memory: Memory
     export: ExportRecord
@@ -129,6 +131,20 @@ def cautions(report: RunReport) -> tuple[str, ...]:
         f"{report.engine_accuracy.num_images:,} gate images are too few to be sure."
     )
     return (*notes, doubt)
+
+
+def champion_text(report: RunReport) -> str:
+    """The challenger beside the champion; empty if there was none."""
+    champion = report.champion
+    if champion is None:
+        return ""
+    low, high = champion.comparison.top1_drop_interval
+    return (
+        f"Release {champion.release}, the champion, has a top-1 of {number(champion.accuracy.top1)} % on the same "
+        f"images; this engine loses {number(champion.comparison.top1_drop)} points to it ({number(low)} to "
+        f"{number(high)}) and gives the same answer on {number(champion.comparison.agreement)} % of them. Its file has "
+        f"{number(champion.bytes / 2**20)} MiB, this one {number(report.engine.engine.size_bytes / 2**20)}."
+    )
 
 
 def calibration_text(report: RunReport) -> str:

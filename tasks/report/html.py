@@ -30,6 +30,7 @@ def as_html(report: RunReport) -> str:
         cautions=content.cautions(report),
         duration=content.duration(report),
         calibration=content.calibration_text(report),
+        champion=content.champion_text(report),
         op_costs=content.costs_by_op(report.export.compression),
         noisiest=content.noisiest_first(report.parity.layers),
         changes=changes[:MAX_CLASSES],

@@ -11,6 +11,7 @@ from tasks.report.content import (
     broken_first,
     calibration_text,
     cautions,
+    champion_text,
     check_headline,
     class_changes,
     costs_by_op,
@@ -134,7 +135,9 @@ def _accuracy(report: RunReport) -> str:
         f"{change.only_float_right:,}, only the engine on {change.only_engine_right:,} "
         f"(McNemar, exact: p = {change.p_value:.3g})."
     )
-    return f"## Accuracy\n\n{text}\n\n" + _table(["", "Float", "INT8", "Drop"], rows)
+    champion = champion_text(report)
+    table = _table(["", "Float", "INT8", "Drop"], rows)
+    return f"## Accuracy\n\n{text}\n\n{table}" + (f"\n\n{champion}" if champion else "")
 
 
 def _latency(report: RunReport) -> str:

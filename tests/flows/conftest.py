@@ -105,6 +105,7 @@ PLAIN: dict[str, Any] = {
     "gates": {  # of these, a network this small and a clock this busy keep only what is about correctness
         "max_top1_drop": 5.0,
         "max_top5_drop": 5.0,
+        "max_champion_drop": None,
         "min_agreement": 90.0,
         "min_parity": 95.0,
         "min_compression": 1.2,

@@ -77,6 +77,24 @@ def test_only_a_new_engine_is_a_new_release(after_first: Place, plain: dict[str,
     assert after_first.leftovers() == []
 
 
+def test_the_champion_is_scored_on_the_same_images(after_first: Place, plain: dict[str, Any]) -> None:
+    """A challenger that loses more to it than was agreed is rejected, however it does against the float model."""
+    other = {"quant": {"ranges": "minmax", "search": False, "bias_correction": False}}
+    rejected = after_first.run(plain, **other, gates={"max_champion_drop": -50.0})
+    assert "1 of 6 gates failed: champion_drop" in str(rejected.error)
+    assert champion(LocalStore(after_first.store), "plain").release == 1
+
+    run = after_first.run(plain, **other, gates={"max_champion_drop": 50.0})
+    rival, report = run.report.champion, run.report
+    assert rival is not None
+    assert rival.release == 1
+    (verdict,) = (verdict for verdict in report.decision.verdicts if verdict.gate == "max_champion_drop")
+    assert verdict.measured == rival.comparison.top1_drop
+    lost = rival.accuracy.top1 - report.engine_accuracy.top1
+    assert abs(rival.comparison.top1_drop - lost) < 1e-9
+    assert "release 2 of plain is champion (was 1)" in run.log
+
+
 def test_a_rejected_run_releases_nothing(after_first: Place, plain: dict[str, Any]) -> None:
     """The champion stays."""
     run = after_first.run(plain, gates={"min_compression": 50.0}, quant={"ranges": "minmax", "search": False})

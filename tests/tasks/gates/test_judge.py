@@ -13,6 +13,7 @@ from tasks.gates.judge import GATES, judge, metrics_from, rejection_message
 GOOD: dict[str, float | None] = {
     "top1_drop": 0.2,
     "top5_drop": 0.1,
+    "champion_drop": -0.3,
     "class_drop": 3.0,
     "agreement": 98.0,
     "parity": 99.0,
@@ -33,6 +34,7 @@ COMPARISON = Comparison(
     only_engine_right=4,
     p_value=0.2,
 )
+RIVAL = COMPARISON.model_copy(update={"top1_drop": -0.1})
 PARITY = Parity(num_images=8, agreement=99.5, simulation_top1=90, runtime_top1=90, layers=())
 COMPRESSION = Compression(
     float_bytes=400, int8_bytes=100, ratio=4.0, parameters=100, bits_per_weight=8.1, macs=10, int8_macs=9, layers=()
@@ -66,12 +68,13 @@ def test_a_gates_name_says_which_side_is_good() -> None:
 def test_every_gate_has_a_number_that_is_measured() -> None:
     """The numbers that steps produce are those that gates ask for, each from its own record."""
     metrics = metrics_from(
-        COMPARISON, PARITY, COMPRESSION, (latency(1, 7.0), latency(8, 50.0)), Memory(float_mib=200, int8_mib=80)
+        COMPARISON, RIVAL, PARITY, COMPRESSION, (latency(1, 7.0), latency(8, 50.0)), Memory(float_mib=200, int8_mib=80)
     )
     assert set(metrics) == {gate.metric for gate in GATES.values()}
     assert metrics == {
         "top1_drop": 0.5,
         "top5_drop": 0.2,
+        "champion_drop": -0.1,
         "class_drop": 4.0,
         "agreement": 97.0,
         "parity": 99.5,
@@ -129,7 +132,7 @@ def test_a_decision_with_nan_survives_its_json_form() -> None:
 def test_a_rejection_says_what_was_measured_and_what_was_agreed() -> None:
     """Only failing gates are named."""
     message = rejection_message(judge({**GOOD, "top1_drop": 2.314159, "speedup": None}, GatesSpec()))
-    assert message == "2 of 6 gates failed: top1_drop 2.314, at most 1 points; speedup not measured"
+    assert message == "2 of 7 gates failed: top1_drop 2.314, at most 1 points; speedup not measured"
 
 
 def test_a_rejection_by_every_gate_stays_short_and_counts_the_rest() -> None:
@@ -138,7 +141,7 @@ def test_a_rejection_by_every_gate_stays_short_and_counts_the_rest() -> None:
     everything = judge(dict.fromkeys(GOOD, math.nan), ALL_ON)
     assert len(message) <= 200
     assert len(rejection_message(everything)) <= 200
-    assert rejection_message(everything).startswith("9 of 9 gates failed: top1_drop nan, at most 1 points; ")
+    assert rejection_message(everything).startswith("10 of 10 gates failed: top1_drop nan, at most 1 points; ")
     assert rejection_message(everything).endswith(" more")
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from tasks.contracts.records import (
     ArtifactRef,
+    ChampionScore,
     Choice,
     Compression,
     DataCheck,
@@ -100,7 +101,7 @@ def build_report(*, drop: float, epochs: int = 0, names: tuple[str, ...] = CLASS
     spec = RunSpec(
         name="mobilenet-v3-large",
         quant=QuantSpec(method="qat" if epochs else "ptq"),
-        gates=GatesSpec(max_class_drop=8.0, max_latency_ms=15.0, max_memory_mib=128.0),
+        gates=GatesSpec(max_champion_drop=None, max_class_drop=8.0, max_latency_ms=15.0, max_memory_mib=128.0),
     )
     return RunReport(
         run_id="0b54f1d8-6a8e-4a0e-9a63-0e3e1ef5b9b3",
@@ -158,6 +159,14 @@ def build_report(*, drop: float, epochs: int = 0, names: tuple[str, ...] = CLASS
         float_accuracy=accuracy_of(of_float, len(names), ref("predictions")),
         engine_accuracy=accuracy_of(of_engine, len(names), ref("predictions")),
         comparison=comparison,
+        champion=ChampionScore(
+            release=3,
+            accuracy=accuracy_of(of_float, len(names), ref("predictions")),
+            comparison=comparison,
+            bytes=5_700_000,
+        )
+        if epochs
+        else None,
         latencies=latencies,
         memory=memory,
         export=ExportRecord(float_onnx=ref("float"), int8_onnx=ref("int8"), opset=21, compression=compression),
@@ -193,7 +202,7 @@ def build_report(*, drop: float, epochs: int = 0, names: tuple[str, ...] = CLASS
                 "session.intra_op.allow_spinning": "1",
             },
         ),
-        decision=judge(metrics_from(comparison, parity, compression, latencies, memory), spec.gates),
+        decision=judge(metrics_from(comparison, None, parity, compression, latencies, memory), spec.gates),
         versions={
             "requant": "0.1.0",
             "torch": "2.14.0",

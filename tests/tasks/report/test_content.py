@@ -10,6 +10,7 @@ from tasks.report.content import (
     broken_first,
     calibration_text,
     cautions,
+    champion_text,
     check_headline,
     class_changes,
     costs_by_op,
@@ -89,6 +90,15 @@ def test_the_choice_of_calibration_images_is_told(report: RunReport, rejected: R
     text = calibration_text(rejected)
     assert "cover the float model's features of 7,312" in text
     assert "91.10 % of 1,500 selection images; on 3 other draws it is 90.90 to 91.30 % (mean 91.07 %)" in text
+
+
+def test_the_champion_stands_beside_the_challenger(report: RunReport, rejected: RunReport) -> None:
+    """On the same images, with the interval; nothing is said where there is none."""
+    assert champion_text(report) == ""
+    assert rejected.champion is not None
+    lost = f"this engine loses {number(rejected.champion.comparison.top1_drop)} points to it"
+    assert champion_text(rejected).startswith("Release 3, the champion, has a top-1 of ")
+    assert lost in champion_text(rejected)
 
 
 def test_findings_are_told_by_their_weight(report: RunReport) -> None:
