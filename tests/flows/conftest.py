@@ -168,11 +168,12 @@ class Place:
     store: Path
     scratch: Path
     prefect_home: Path  # of commands; with a database that is made once
+    store_url: str = ""  # where the store is, if not in the folder `store`
 
     @property
     def environment(self) -> dict[str, str]:
         return {
-            "REQUANT_STORE": str(self.store),
+            "REQUANT_STORE": self.store_url or str(self.store),
             "REQUANT_SCRATCH": str(self.scratch),
             "PREFECT_HOME": str(self.prefect_home),
             "OMP_NUM_THREADS": "1",

@@ -169,9 +169,19 @@ class S3Server:
             self._call("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd_uuid)
             daemons.enter_context(self._daemon("ceph-osd", "-i", "0", "-f"))
             self.user = self.new_user()
-            gateway = daemons.enter_context(self._daemon("radosgw", "-n", "client.rgw", "-f"))
-            self._await_answer(gateway)
+            self._daemons = daemons
+            self.start_gateway()
             yield self
+
+    def start_gateway(self) -> None:
+        """At the beginning, and after `kill_gateway`."""
+        self._gateway = self._daemons.enter_context(self._daemon("radosgw", "-n", "client.rgw", "-f"))
+        self._await_answer(self._gateway)
+
+    def kill_gateway(self) -> None:
+        """As a crash does: requests under way get no answer, and what was stored stays."""
+        self._gateway.kill()
+        self._gateway.wait()
 
     def new_user(self) -> User:
         """Another account, with no rights on what others own."""
