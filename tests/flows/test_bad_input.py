@@ -9,10 +9,7 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +27,7 @@ from tasks.contracts.errors import (
     SpecError,
     StoreError,
 )
+from tests.disks import mounted
 
 if TYPE_CHECKING:
     from tests.flows.conftest import Ended, Place
@@ -212,21 +210,6 @@ def test_a_gpu_that_is_not_there_is_not_replaced(
     assert run.state.is_failed()
     assert "REQUANT_DEVICE is cuda" in str(run.error)
     assert place.records() == []
-
-
-@contextmanager
-def mounted(folder: Path, options: str) -> Iterator[None]:
-    """A small disk of its own at `folder`."""
-    folder.mkdir(exist_ok=True)
-    mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False, capture_output=True, text=True
-    )
-    if mount.returncode:
-        pytest.skip(f"no disk can be mounted here: {mount.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)  # a failed run may still have files mapped
 
 
 @pytest.mark.parametrize(

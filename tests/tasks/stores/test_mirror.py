@@ -20,6 +20,7 @@ from tasks.models.weights import load_weights, weights_digest
 from tasks.stores.base import open_store
 from tasks.stores.mirror import local_file, local_tree
 from tasks.stores.s3 import S3Store
+from tests.disks import mounted
 from tests.tasks.stores.faulty_proxy import counting, faulty
 from tests.tasks.stores.s3_server import S3Server
 
@@ -184,6 +185,16 @@ def test_several_processes_at_once(put: Put, s3_url: str, tmp_path: Path) -> Non
     (tree,) = trees
     assert len(list(Path(tree.strip()).rglob("*.png"))) == 40
     assert not list((tmp_path / "scratch").rglob("*.partial"))
+
+
+def test_a_full_disk_is_one_clear_error(put: Put, s3_url: str, tmp_path: Path) -> None:
+    """Nothing half-written stays, and with room it works."""
+    put("large/cat/1.png", bytes(200_000))
+    with mounted(tmp_path / "scratch", "size=100k"):
+        with pytest.raises(StoreError, match="No space left") as caught:
+            local_tree(f"{s3_url}/large", lambda path: True)
+        assert "REQUANT_SCRATCH" in caught.value.remedy
+        assert not list((tmp_path / "scratch").rglob("*.partial"))
 
 
 def test_a_full_or_read_only_scratch_is_one_clear_error(
