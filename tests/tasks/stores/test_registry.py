@@ -318,7 +318,7 @@ def test_a_changed_signature_is_refused(store: LocalStore, tmp_path: Path, keys:
     (release,) = releases(store, tmp_path, 1, keys)
     assert release.signature is not None
     value = release.signature.value
-    other = "A" if value[position] != "A" else "B"
+    other = "0" if value[position] != "0" else "1"
     changed = f"{value[:position]}{other}{value[position + 1 :]}"
     edited(store, 1, signature={"key_id": release.signature.key_id, "value": changed})
     with pytest.raises(ReleaseError, match="was changed after it was signed"):
