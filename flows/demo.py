@@ -24,7 +24,7 @@ def demo_spec() -> RunSpec:
         data=DataSpec(source="digits", calibration=256),
         quant=QuantSpec(method="qat", qat=QatSpec(epochs=4, mirror=False, shift=2)),
         evaluation=EvaluationSpec(latency_batch_sizes=(1, 8, 32)),
-        # A network of microseconds on an unknown CPU, perhaps without VNNI, says nothing of speed; it is measured and shown.
+        # Microseconds on an unknown CPU, perhaps without VNNI, say nothing of speed: it is measured and shown.
         gates=GatesSpec(max_class_drop=5.0, min_agreement=98.0, min_speedup=None),
     )
     _train(spec, weights)
