@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from tasks.contracts.errors import EngineError
 from tasks.contracts.records import ArtifactRef, EngineRecord, ExportRecord
 from tasks.contracts.spec import RunSpec, TargetSpec
 from tasks.engines.base import Engine
@@ -19,8 +20,8 @@ from tasks.stores.steps import JSON
 def build_engine(spec: RunSpec, exported: ExportRecord) -> EngineRecord:
     """ONNX Runtime compiles when it loads, so its engine is the graph itself; what it was told is recorded."""
 
-    def compute(store: Store, work: Path) -> EngineRecord:
-        with OnnxRuntimeEngine(store.fetch(exported.int8_onnx, work), threads=spec.target.threads) as engine:
+    def compute(_store: Store, work: Path) -> EngineRecord:
+        with open_engine(exported.int8_onnx, spec.target, work) as engine:
             return EngineRecord(
                 runtime=spec.target.runtime,
                 version=engine.version(),
@@ -38,5 +39,11 @@ def build_engine(spec: RunSpec, exported: ExportRecord) -> EngineRecord:
 
 
 def open_engine(ref: ArtifactRef, target: TargetSpec, work: Path) -> AbstractContextManager[Engine]:
-    """A stored model in the target's runtime."""
+    """A stored model in the target's runtime.
+
+    Raises:
+        EngineError: if this machine cannot run it.
+    """
+    if target.runtime != "onnxruntime":
+        raise EngineError(f"There is no adapter for {target.runtime}.", remedy="Take target.runtime: onnxruntime.")
     return OnnxRuntimeEngine(the_store().fetch(ref, work), threads=target.threads)

@@ -222,16 +222,52 @@ class QuantSpec(Section):
     qat: QatSpec = QatSpec()
 
 
+class TensorRtSpec(Section):
+    """How TensorRT builds its engine; read by the runtimes tensorrt and onnxruntime-tensorrt alone."""
+
+    batch: tuple[Count, Count, Count] = Field(
+        (1, 8, 64), description="Smallest, tuned and largest batch of the optimization profile."
+    )
+    remainder: Literal["float16", "float32"] = Field(
+        "float16", description="Type of all that is not INT8. A strongly typed engine computes in no other."
+    )
+    optimization_level: int = Field(3, ge=0, le=5, description="How long TensorRT looks for fast kernels.")
+    workspace_mib: Count | None = Field(None, description="Scratch memory of kernels; all of the GPU's if not given.")
+    hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = Field(
+        "none", description="Other GPUs that the plan must run on; costs speed."
+    )
+    version_compatible: bool = Field(False, description="The plan also runs on newer TensorRT; may cost speed.")
+
+    @model_validator(mode="after")
+    def _batch_rises(self) -> Self:
+        if not self.batch[0] <= self.batch[1] <= self.batch[2]:
+            raise ValueError(f"batch is {list(self.batch)}; smallest, tuned and largest must not fall")
+        return self
+
+
 class TargetSpec(Section):
     """What the engine is built for."""
 
-    runtime: Literal["onnxruntime"] = Field("onnxruntime", description="The runtime that the engine is built for.")
+    runtime: Literal["onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt"] = Field(
+        "onnxruntime", description="The runtime that the engine is built for; all but onnxruntime need a GPU."
+    )
     scheme: SchemeName | None = Field(None, description="Quantization scheme; the runtime's own when not given.")
-    threads: Count = Field(1, description="Threads of the runtime, inside one inference.")
+    threads: Count = Field(1, description="Threads of the runtime, inside one inference on the CPU.")
+    tensorrt: TensorRtSpec = TensorRtSpec()
 
     @property
     def scheme_name(self) -> SchemeName:
-        return self.scheme or self.runtime
+        return self.scheme or ("onnxruntime" if self.runtime == "onnxruntime" else "tensorrt")
+
+    @property
+    def needs_gpu(self) -> bool:
+        return self.runtime != "onnxruntime"
+
+    @model_validator(mode="after")
+    def _scheme_suits_runtime(self) -> Self:
+        if "tensorrt" in self.runtime and self.scheme_name != "tensorrt":
+            raise ValueError(f"{self.runtime} takes scheme tensorrt alone: TensorRT is symmetric")
+        return self
 
 
 class EvaluationSpec(Section):
@@ -274,6 +310,15 @@ class RunSpec(Section):
     target: TargetSpec = TargetSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     gates: GatesSpec = GatesSpec()
+
+    @model_validator(mode="after")
+    def _batches_fit_profile(self) -> Self:
+        low, _, high = self.target.tensorrt.batch
+        sizes = (*self.evaluation.latency_batch_sizes, self.evaluation.batch_size)
+        outside = [size for size in sizes if not low <= size <= high]
+        if "tensorrt" in self.target.runtime and outside:
+            raise ValueError(f"evaluation uses batches of {outside}, and target.tensorrt.batch allows {low} to {high}")
+        return self
 
 
 def spec_from(values: Any, *, origin: str) -> RunSpec:
