@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prefect import flow
 
-from tasks.build_engine import build_engine
+from flows.build import build_and_score, quantize
 from tasks.check_data import check_data
 from tasks.check_parity import check_parity
 from tasks.choose_calibration import choose_calibration
@@ -15,14 +15,10 @@ from tasks.export_model import export_model
 from tasks.gates.judge import rejection_message
 from tasks.judge_engine import judge_engine
 from tasks.load_model import load_model
-from tasks.measure_engine import measure_engine
 from tasks.prepare_data import prepare_data
 from tasks.publish_report import publish_report
-from tasks.quantize_model import quantize_model
 from tasks.release_engine import release_engine
 from tasks.report.content import RunReport
-from tasks.score_champion import score_champion
-from tasks.score_engine import score_engine
 from tasks.score_float import score_float
 
 
@@ -36,20 +32,16 @@ def requantize(spec: RunSpec) -> RunReport:
 
     choice = choose_calibration(spec, data, model)
     draws = compare_draws(spec, data, model, choice) if spec.data.draws else None
-    quantized = quantize_model(spec, data, model, choice)
+    quantized = quantize(spec, data, model, choice)  # here or on a GPU worker
     exported = export_model(spec, data, model, quantized)
-    engine = build_engine(spec, exported)
+    built = build_and_score(spec, data, exported, baseline)  # here or on the machine that it is for
 
-    score = score_engine(spec, data, engine, baseline)
-    champion = score_champion(spec, data, engine, score)
-    parity = check_parity(spec, data, model, quantized, score)
-    speed = measure_engine(spec, data, exported, engine)
-    decision = judge_engine(spec, score, champion, parity, exported, speed)
+    parity = check_parity(spec, data, model, quantized, built.score)
+    decision = judge_engine(spec, built, parity, exported)
 
     report = publish_report(
-        spec, check, data, model, baseline, choice, draws, quantized, exported, engine,
-        score, champion, parity, speed, decision,
-    )  # fmt: skip
+        spec, check, data, model, baseline, choice, draws, quantized, exported, built, parity, decision
+    )
     if not decision.passed:  # everything is stored by now, for study
         raise GateRejected(f"{rejection_message(decision)}.", remedy="The report shows what was measured.")
     release_engine(report)

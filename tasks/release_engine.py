@@ -11,12 +11,10 @@ from pathlib import Path
 import torch
 from prefect import get_run_logger
 
-from tasks.build_engine import open_engine
 from tasks.contracts.errors import StoreError
 from tasks.contracts.records import ArtifactRef
-from tasks.contracts.release import Candidate, Provenance, Release, Scores, Serving, Tensor
+from tasks.contracts.release import Candidate, Provenance, Release, Scores, Serving
 from tasks.contracts.settings import Settings
-from tasks.engines.base import TensorInfo
 from tasks.engines.hardware import hardware
 from tasks.report.content import RunReport
 from tasks.step import disk_errors, run_prefix, step, the_store
@@ -35,7 +33,7 @@ def release_engine(report: RunReport) -> Release:
     store, name, logger, settings = the_store(), report.spec.name, get_run_logger(), Settings()
     keys = keys_from(settings)
     with disk_errors(), workspace(settings.scratch) as work:
-        serving = _serving(report, work)
+        serving = _serving(report)
         known = released_before(store, name, (report.engine,), serving, keys)
         if known is not None:
             now = champion(store, name).release
@@ -53,19 +51,13 @@ def release_engine(report: RunReport) -> Release:
     return release
 
 
-def _serving(report: RunReport, work: Path) -> Serving:
-    """What the engine itself says it takes and gives."""
-    with open_engine(report.engine.engine, report.spec.target, work) as engine:
-        return Serving(
-            input=_tensor(engine.inputs[0]),
-            preprocess=report.data.preprocess,
-            labels=report.data.class_names,
-            output=_tensor(engine.outputs[0]),
-        )
-
-
-def _tensor(info: TensorInfo) -> Tensor:
-    return Tensor(name=info.name, dtype=info.dtype.name, shape=info.shape)
+def _serving(report: RunReport) -> Serving:
+    return Serving(
+        input=report.engine.inputs[0],
+        preprocess=report.data.preprocess,
+        labels=report.data.class_names,
+        output=report.engine.outputs[0],
+    )
 
 
 def _candidate(report: RunReport, serving: Serving, store: Store, work: Path) -> Candidate:

@@ -217,6 +217,14 @@ class ExportRecord(Record):
     compression: Compression
 
 
+class Tensor(Record):
+    """An input or an output of an engine; None is a dimension of any size, such as that of the batch."""
+
+    name: str
+    dtype: str  # as NumPy names it
+    shape: tuple[int | None, ...]
+
+
 class EngineRecord(Record):
     """What is released: the file that the runtime loads, and how it was told to load it."""
 
@@ -225,6 +233,8 @@ class EngineRecord(Record):
     engine: ArtifactRef
     options: dict[str, str]
     hardware: str
+    inputs: tuple[Tensor, ...] = ()
+    outputs: tuple[Tensor, ...] = ()
 
 
 class Latency(Record):
@@ -286,3 +296,12 @@ class EngineSpeed(Record):
 
     latencies: tuple[Latency, ...]
     memory: Memory
+
+
+class Built(Record):
+    """The engine, and what it is worth where it runs."""
+
+    engine: EngineRecord
+    score: EngineScore
+    champion: ChampionScore | None
+    speed: EngineSpeed

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from tasks.contracts.errors import SpecError
 
 SchemeName = Literal["onnxruntime", "tensorrt"]
+Runtime = Literal["onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt"]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Side = Annotated[int, Field(ge=1, le=8192)]
@@ -248,7 +249,7 @@ class TensorRtSpec(Section):
 class TargetSpec(Section):
     """What the engine is built for."""
 
-    runtime: Literal["onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt"] = Field(
+    runtime: Runtime = Field(
         "onnxruntime", description="The runtime that the engine is built for; all but onnxruntime need a GPU."
     )
     scheme: SchemeName | None = Field(None, description="Quantization scheme; the runtime's own when not given.")
