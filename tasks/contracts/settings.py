@@ -23,6 +23,9 @@ class Settings(BaseSettings):
         50.0, gt=0, description="Most room in scratch for data and weights from S3; what was used last stays."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where PyTorch runs; auto takes CUDA if it can.")
+    gpu: int = Field(0, ge=0, description="Which of the visible GPUs TensorRT builds and runs on.")
+    gpu_free_mib: int = Field(1024, ge=0, description="Least free memory of that GPU to start a build with.")
+    build_limit_minutes: float = Field(60.0, gt=0, description="A TensorRT build that takes longer is killed.")
     signing_key: Path | None = Field(None, description="PEM file of the private key that signs releases.")
     trusted_keys: Annotated[tuple[Path, ...], NoDecode] = Field(
         (), description="PEM files of public keys, joined by : as in PATH; a release signed by no other is used."
