@@ -225,6 +225,29 @@ class Tensor(Record):
     shape: tuple[int | None, ...]
 
 
+class Machine(Record):
+    """The GPU and the software that a TensorRT plan is compiled on."""
+
+    gpu: str
+    compute_capability: str  # such as 9.0
+    driver: str  # of the GPU; a plan is not bound to it
+    cuda_driver: str  # newest CUDA that the driver takes
+    cuda_runtime: str  # CUDA that TensorRT's package was made for, as far as it says
+    tensorrt: str
+    platform: str  # operating system and processor
+
+
+class PlanKey(Record):
+    """What a plan was built from and for, compared with the machine before the plan is loaded: it is native code."""
+
+    machine: Machine
+    hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"]
+    version_compatible: bool
+    profile: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # smallest, tuned, largest shape
+    onnx_sha256: str
+    plan_sha256: str
+
+
 class EngineRecord(Record):
     """What is released: the file that the runtime loads, and how it was told to load it."""
 

@@ -32,6 +32,8 @@ class Settings(BaseSettings):
     worker_minutes: float = Field(240.0, gt=0, description="Longest wait for such a deployment, its queue included.")
     gpu: int | None = Field(None, ge=0, description="Index of the GPU to use; any that is free if not given.")
     gpu_wait_minutes: float = Field(60.0, ge=0, description="Longest wait for a GPU that another run has.")
+    gpu_free_mib: int = Field(1024, ge=0, description="Least free memory of that GPU to start a build with.")
+    build_limit_minutes: float = Field(60.0, gt=0, description="A TensorRT build that takes longer is killed.")
     signing_key: Path | None = Field(None, description="PEM file of the private key that signs releases.")
     trusted_keys: Annotated[tuple[Path, ...], NoDecode] = Field(
         (), description="PEM files of public keys, joined by : as in PATH; a release signed by no other is used."
