@@ -27,7 +27,7 @@ from tasks.contracts.records import (
 from tasks.contracts.spec import RunSpec
 from tasks.engines.hardware import int8_notes
 from tasks.graph.parity import steps_apart
-from tasks.report.content import RunReport
+from tasks.report.content import RunReport, Trigger
 from tasks.report.html import as_html
 from tasks.report.markdown import as_markdown, gate_rows
 from tasks.report.plots import image_of, summary_figure
@@ -53,6 +53,8 @@ def publish_report(
     parity: Parity,
     speed: EngineSpeed,
     decision: Decision,
+    trigger: Trigger,
+    cause: str | None,
 ) -> RunReport:
     """Everything about the run, stored under a name of its own and shown as artifacts."""
     started = runtime.flow_run.scheduled_start_time or datetime.now(UTC)
@@ -79,6 +81,8 @@ def publish_report(
         decision=decision,
         versions=library_versions("requant", "prefect", *LIBRARIES),
         hardware=engine.hardware,
+        trigger=trigger,
+        cause=cause,
         notes=(*int8_notes(), *_parity_notes(parity), *(f"Lint: {warning}." for warning in exported.warnings)),
     )
     store, prefix = the_store(), run_prefix(spec.name, report.run_id)
