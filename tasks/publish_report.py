@@ -24,7 +24,7 @@ from tasks.contracts.records import (
 from tasks.contracts.spec import RunSpec
 from tasks.engines.hardware import hardware, int8_notes
 from tasks.graph.parity import steps_apart
-from tasks.report.content import RunReport
+from tasks.report.content import RunReport, Trigger
 from tasks.report.html import as_html
 from tasks.report.markdown import as_markdown, gate_rows
 from tasks.report.plots import image_of, summary_figure
@@ -47,6 +47,8 @@ def publish_report(
     built: Built,
     parity: Parity,
     decision: Decision,
+    trigger: Trigger,
+    cause: str | None,
 ) -> RunReport:
     """Everything about the run, stored under a name of its own and shown as artifacts."""
     started = runtime.flow_run.scheduled_start_time or datetime.now(UTC)
@@ -74,6 +76,8 @@ def publish_report(
         versions=library_versions("requant", "prefect", *LIBRARIES),
         hardware=built.engine.hardware,
         notes=_notes(built, parity, exported),
+        trigger=trigger,
+        cause=cause,
     )
     store, prefix = the_store(), run_prefix(spec.name, report.run_id)
     with disk_errors():

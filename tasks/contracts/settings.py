@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from tasks.contracts.spec import Runtime
@@ -37,6 +37,10 @@ class Settings(BaseSettings):
     signing_key: Path | None = Field(None, description="PEM file of the private key that signs releases.")
     trusted_keys: Annotated[tuple[Path, ...], NoDecode] = Field(
         (), description="PEM files of public keys, joined by : as in PATH; a release signed by no other is used."
+    )
+    alarm_url: SecretStr | None = Field(
+        None,
+        description="Address of the fleet's alarm block, such as a Slack webhook; `requant deploy` keeps it there.",
     )
 
     @field_validator("trusted_keys", mode="before")
