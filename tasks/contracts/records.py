@@ -258,6 +258,8 @@ class EngineRecord(Record):
     hardware: str
     inputs: tuple[Tensor, ...] = ()
     outputs: tuple[Tensor, ...] = ()
+    plan: PlanKey | None = None  # of TensorRT's engine, which runs on machines like this alone
+    device_memory_bytes: int | None = None  # activations and scratch of one context, where the runtime tells
 
 
 class Latency(Record):
