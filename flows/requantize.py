@@ -44,7 +44,7 @@ def requantize(spec: RunSpec) -> RunReport:
     champion = score_champion(spec, data, engine, score)
     parity = check_parity(spec, data, model, quantized, score)
     speed = measure_engine(spec, data, exported, engine)
-    decision = judge_engine(spec, score, champion, parity, exported, speed)
+    decision = judge_engine(spec, score, champion, parity, exported, engine, speed)
 
     report = publish_report(
         spec, check, data, model, baseline, choice, draws, quantized, exported, engine,

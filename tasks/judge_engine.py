@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from prefect import get_run_logger
 
-from tasks.contracts.records import ChampionScore, Decision, EngineScore, EngineSpeed, ExportRecord, Parity
+from tasks.contracts.records import (
+    ChampionScore,
+    Decision,
+    EngineRecord,
+    EngineScore,
+    EngineSpeed,
+    ExportRecord,
+    Parity,
+)
 from tasks.contracts.spec import RunSpec
 from tasks.gates.judge import judge, metrics_from
+from tasks.scoring.latency import slower_notes
 from tasks.step import step
 
 
@@ -17,6 +26,7 @@ def judge_engine(
     champion: ChampionScore | None,
     parity: Parity,
     exported: ExportRecord,
+    engine: EngineRecord,
     speed: EngineSpeed,
 ) -> Decision:
     """One verdict per gate; without a champion there is nothing that its gate could ask for.
@@ -24,9 +34,14 @@ def judge_engine(
     Nothing is raised here: first the report must be stored.
     """
     rival = None if champion is None else champion.comparison
-    measured = metrics_from(score.comparison, rival, parity, exported.compression, speed.latencies, speed.memory)
+    measured = metrics_from(
+        score.comparison, rival, parity, exported.compression, speed.latencies, speed.memory, engine.audit
+    )
     gates = spec.gates if rival else spec.gates.model_copy(update={"max_champion_drop": None})
     decision = judge(measured, gates)
     passed = sum(verdict.passed for verdict in decision.verdicts)
-    get_run_logger().info("%d of %d gates passed", passed, len(decision.verdicts))
+    logger = get_run_logger()
+    for note in slower_notes(speed.latencies):
+        logger.warning("%s", note)
+    logger.info("%d of %d gates passed", passed, len(decision.verdicts))
     return decision

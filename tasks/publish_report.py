@@ -31,6 +31,7 @@ from tasks.report.content import RunReport
 from tasks.report.html import as_html
 from tasks.report.markdown import as_markdown, gate_rows
 from tasks.report.plots import image_of, summary_figure
+from tasks.scoring.latency import slower_notes
 from tasks.step import LIBRARIES, disk_errors, run_id, run_prefix, step, the_store
 from tasks.stores.base import Store
 from tasks.stores.steps import library_versions
@@ -72,6 +73,7 @@ def publish_report(
         champion=champion,
         latencies=speed.latencies,
         memory=speed.memory,
+        gpu=speed.gpu,
         export=exported,
         parity=parity,
         quantized=quantized,
@@ -79,7 +81,12 @@ def publish_report(
         decision=decision,
         versions=library_versions("requant", "prefect", *LIBRARIES),
         hardware=engine.hardware,
-        notes=(*int8_notes(), *_parity_notes(parity), *(f"Lint: {warning}." for warning in exported.warnings)),
+        notes=(
+            *int8_notes(),
+            *slower_notes(speed.latencies),
+            *_parity_notes(parity),
+            *(f"Lint: {warning}." for warning in exported.warnings),
+        ),
     )
     store, prefix = the_store(), run_prefix(spec.name, report.run_id)
     with disk_errors():

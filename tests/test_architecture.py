@@ -29,6 +29,7 @@ HOMES = {
     "onnxruntime": ("tasks/engines/onnxruntime.py", "tasks/scoring/memory_probe.py"),
     "tensorrt": ("tasks/engines/tensorrt.py",),
     "pycuda": ("tasks/engines/tensorrt.py",),
+    "pynvml": ("tasks/scoring/nvml.py",),
     "great_expectations": ("tasks/data/*.py",),
     "torchao": ("tasks/quant/*.py",),
     "matplotlib": ("tasks/report/*.py",),

@@ -26,6 +26,16 @@ class TensorInfo:
         return f"{self.dtype.name}[{sizes}]"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """One inference on a GPU, in milliseconds by the device's own events; `enqueue_ms` is the host's, to launch it."""
+
+    h2d_ms: float  # input to the device
+    compute_ms: float
+    d2h_ms: float  # output to the host
+    enqueue_ms: float
+
+
 class Engine(ABC):
     """A compiled model. A context manager: it owns the runtime's memory between enter and exit.
 
