@@ -21,8 +21,8 @@ def timing_text(report: RunReport) -> str:
     runtime = f"{report.engine.runtime} {report.engine.version}"
     if report.gpu and report.gpu.timings:
         return (
-            f"{runtime} on {report.hardware}. The engines took turns; latency is measured {mode_of(report.gpu.timings[0])}. "
-            "Speedup is over the faster of the float engines, by medians; quartiles are of neighbouring turns."
+            f"{runtime} on {report.hardware}. The engines took turns; latency is measured "
+            f"{mode_of(report.gpu.timings[0])}. Speedup is over the faster of the float engines, by medians; quartiles are of neighbouring turns."
         )
     threads = report.spec.target.threads
     return (
@@ -92,8 +92,8 @@ def audit_text(report: RunReport, audit: PrecisionAudit) -> str:
     roles = Counter(layer.role for layer in audit.layers)
     return (
         f"Multiply-accumulates in the engine: {shares or 'none'}; the graph asks for "
-        f"{number(100 * asked.int8_macs / max(asked.macs, 1), 1)} % INT8. Layers of the engine: {len(audit.layers)}, of "
-        f"which {roles['reformat']} change a format only, {roles['quantize']} a Q or DQ that was not fused, and "
+        f"{number(100 * asked.int8_macs / max(asked.macs, 1), 1)} % INT8. Layers of the engine: {len(audit.layers)}, "
+        f"of which {roles['reformat']} change a format only, {roles['quantize']} a Q or DQ that was not fused, and "
         f"{writing} INT8 with float output. "
         + (f"Not found in the engine, or contradicted: {', '.join(audit.unplaced)}." if audit.unplaced else "")
     ).strip()

@@ -73,7 +73,6 @@ def _render(template: str, **values: object) -> str:
         "number": content.number,
         "milliseconds": content.milliseconds,
         "baseline": gpu.baseline_text,
-        "mode": gpu.mode_of,
         "precision": gpu.PRECISIONS.get,
         "with_unit": content.with_unit,
         "limit": content.limit_of,

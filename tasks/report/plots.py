@@ -100,6 +100,7 @@ def audit_figure(report: RunReport, palette: Palette = LIGHT) -> Figure:
     axes.legend(frameon=False, labelcolor=palette.ink, ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
     _title(axes, "Multiply-accumulates by precision (%)", palette)
     _finish(figure, palette)
+    axes.grid(visible=False)
     return figure
 
 
