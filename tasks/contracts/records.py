@@ -246,6 +246,37 @@ class PrecisionAudit(Record):
         return 100 * self.macs.get(precision, 0) / total if total else None
 
 
+class Tensor(Record):
+    """An input or an output of an engine; None is a dimension of any size, such as that of the batch."""
+
+    name: str
+    dtype: str  # as NumPy names it
+    shape: tuple[int | None, ...]
+
+
+class Machine(Record):
+    """The GPU and the software that a TensorRT plan is compiled on."""
+
+    gpu: str
+    compute_capability: str  # such as 9.0
+    driver: str  # of the GPU; a plan is not bound to it
+    cuda_driver: str  # newest CUDA that the driver takes
+    cuda_runtime: str  # CUDA that TensorRT's package was made for, as far as it says
+    tensorrt: str
+    platform: str  # operating system and processor
+
+
+class PlanKey(Record):
+    """What a plan was built from and for, compared with the machine before the plan is loaded: it is native code."""
+
+    machine: Machine
+    hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"]
+    version_compatible: bool
+    profile: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # smallest, tuned, largest shape
+    onnx_sha256: str
+    plan_sha256: str
+
+
 class EngineRecord(Record):
     """What is released: the file that the runtime loads, and how it was told to load it."""
 
@@ -254,6 +285,10 @@ class EngineRecord(Record):
     engine: ArtifactRef
     options: dict[str, str]
     hardware: str
+    inputs: tuple[Tensor, ...] = ()
+    outputs: tuple[Tensor, ...] = ()
+    plan: PlanKey | None = None  # of TensorRT's engine, which runs on machines like this alone
+    device_memory_bytes: int | None = None  # activations and scratch of one context, where the runtime tells
     audit: PrecisionAudit | None = None  # where the runtime tells what it compiled
 
 
@@ -386,3 +421,12 @@ class EngineSpeed(Record):
     latencies: tuple[Latency, ...]
     memory: Memory
     gpu: GpuSpeed | None = None
+
+
+class Built(Record):
+    """The engine, and what it is worth where it runs."""
+
+    engine: EngineRecord
+    score: EngineScore
+    champion: ChampionScore | None
+    speed: EngineSpeed

@@ -1,4 +1,4 @@
-"""The CPU that an engine runs on: part of an engine's key, and of every latency's meaning."""
+"""What an engine runs on: part of an engine's key, and of every latency's meaning."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ def hardware() -> str:
     model = facts.get("model name") or platform.processor() or platform.machine()
     flags = [flag for flag in FLAGS if flag in _flags(facts)]
     return f"{model} ({', '.join(flags) or 'instruction sets unknown'})"
+
+
+def gpu_hardware(index: int) -> str:
+    """Model and compute capability of a GPU, which kernels are chosen for."""
+    import torch  # here, as a process that measures an engine's memory must not load it
+
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"{torch.cuda.get_device_name(index)} (compute capability {major}.{minor})"
 
 
 def has_vnni() -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from math import isfinite, isnan
 from statistics import mean
+from typing import Literal
 
 from tasks.contracts.records import (
     Accuracy,
@@ -34,6 +35,8 @@ from tasks.contracts.records import (
 )
 from tasks.contracts.spec import RunSpec
 from tasks.gates.judge import GATES
+
+Trigger = Literal["nightly", "retrain", "by hand"]
 
 
 class RunReport(Record):
@@ -62,6 +65,8 @@ class RunReport(Record):
     decision: Decision
     versions: dict[str, str]  # of packages
     hardware: str
+    trigger: Trigger = "by hand"
+    cause: str | None = None  # of the trigger, such as the weights that were announced
     notes: tuple[str, ...] = ()  # what a reader must know before trusting the numbers
 
 

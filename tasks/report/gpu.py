@@ -22,7 +22,8 @@ def timing_text(report: RunReport) -> str:
     if report.gpu and report.gpu.timings:
         return (
             f"{runtime} on {report.hardware}. The engines took turns; latency is measured "
-            f"{mode_of(report.gpu.timings[0])}. Speedup is over the faster of the float engines, by medians; quartiles are of neighbouring turns."
+            f"{mode_of(report.gpu.timings[0])}. Speedup is over the faster of the float engines, by medians; quartiles "
+            "are of neighbouring turns."
         )
     threads = report.spec.target.threads
     return (
