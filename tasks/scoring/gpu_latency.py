@@ -40,7 +40,7 @@ class TimedEngine(Protocol):
 
 
 class GpuMonitor(Protocol):
-    """What the driver tells of the GPU. `missing` says why it tells nothing; empty if it does."""
+    """What the driver tells of the GPU. `missing` says why it tells nothing, and is empty if it does."""
 
     missing: str
 
@@ -69,6 +69,9 @@ class Runs:
 
     timings: list[Timing] = field(default_factory=list)
     seconds: float = 0.0  # by the host's clock
+
+    def is_short_of(self, effort: Effort) -> bool:
+        return len(self.timings) < effort.measure_runs or self.seconds < effort.measure_s
 
     def times_ms(self) -> np.ndarray:
         """Of each inference, from the input on the host to the output there."""
@@ -137,8 +140,7 @@ def take_turns(
                 engine.time(feed, transfers=transfers, graph=graph)
                 if turn >= effort.warmup_runs and perf_counter() - start >= effort.warmup_s:
                     break
-        while any(len(of_one.timings) < effort.measure_runs or of_one.seconds < effort.measure_s
-                  for of_one in runs.values()):  # fmt: skip
+        while any(of_one.is_short_of(effort) for of_one in runs.values()):
             for kind, engine in engines.items():
                 engine.time(feed, transfers=transfers, graph=graph)  # not counted: caches hold another's weights
                 start = perf_counter()
@@ -196,9 +198,7 @@ def against_the_faster(batch_size: int, runs: Mapping[Precision, Runs]) -> Laten
     """INT8 beside the float engine with the lower median."""
     times_ms = {kind: runs[kind].times_ms() for kind in FLOATS if kind in runs}
     baseline = min(times_ms, key=lambda kind: median(times_ms[kind]))
-    return latency_of(
-        batch_size, times_ms[baseline], runs["int8"].times_ms(), baseline=baseline, summarize=_summary
-    )  # fmt: skip
+    return latency_of(batch_size, times_ms[baseline], runs["int8"].times_ms(), baseline=baseline, summarize=_summary)
 
 
 def measure_energy(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 import time
 from collections.abc import Iterator
@@ -14,9 +15,11 @@ import pytest
 from tasks.contracts.errors import EngineError
 from tasks.contracts.records import GpuState, Precision
 from tasks.engines.base import Timing
+from tasks.engines.tensorrt import TensorRtEngine
 from tasks.scoring.gpu_latency import (
     Effort,
     Runs,
+    TimedEngine,
     against_the_faster,
     device_memory_mib,
     measure_energy,
@@ -256,6 +259,13 @@ def test_neighbours_and_slowdowns_are_noted() -> None:
     ]
     assert "4711" in speed.notes[2]
     assert str(os.getpid()) not in speed.notes[2]
+
+
+def test_tensorrts_adapter_is_such_an_engine() -> None:
+    """mypy compares the types, this the names."""
+    adapter: type[TimedEngine] = TensorRtEngine
+    asked, given = (inspect.signature(kind.time).parameters.values() for kind in (TimedEngine, adapter))
+    assert [(one.name, one.kind) for one in given] == [(one.name, one.kind) for one in asked]
 
 
 def test_device_memory_is_what_an_open_engine_adds() -> None:
