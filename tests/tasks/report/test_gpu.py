@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from tasks.contracts.records import PrecisionAudit
+from tasks.release_engine import released_engines
 from tasks.report.content import RunReport
 from tasks.report.gpu import audit_text, gpu_lines, gpu_notes, gpu_rows, not_int8, shorten, timing_text
 
@@ -69,3 +70,10 @@ def test_short_names_stay_whole() -> None:
     """Only what would break a table is cut."""
     assert shorten("conv1 + relu") == "conv1 + relu"
     assert len(shorten("x" * 1000)) == 91
+
+
+def test_a_release_leaves_the_audit_to_the_record(on_gpu: RunReport, report: RunReport) -> None:
+    """The same engine is the same release, whoever audited it."""
+    (engine,) = released_engines(on_gpu)
+    assert engine == on_gpu.engine.model_copy(update={"audit": None})
+    assert released_engines(report) == (report.engine,)
