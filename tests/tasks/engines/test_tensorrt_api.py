@@ -46,7 +46,9 @@ def facts(api: Api) -> dict[str, Any]:
 def test_types_are_right_by_the_real_api(api: Api, tmp_path: Path) -> None:
     """mypy --strict, with stubs of the bindings, finds nothing but the mistake that is planted beside our code."""
     wrong = tmp_path / "wrong.py"
-    wrong.write_text("import tensorrt as trt\n\n\ndef f(c: trt.IBuilderConfig) -> None:\n    c.max_workspace_size = 1\n")
+    wrong.write_text(
+        "import tensorrt as trt\n\n\ndef f(c: trt.IBuilderConfig) -> None:\n    c.max_workspace_size = 1\n"
+    )
     cache = str(CACHE / f"mypy-{api.folder.name}")
     done = python(api, "-m", "mypy", "--strict", "--cache-dir", cache, *TYPED, str(wrong), PYTHONPATH="")
     (found,) = [line for line in done.stdout.splitlines() if ": error:" in line]
