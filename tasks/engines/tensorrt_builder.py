@@ -45,7 +45,7 @@ def build(request: Request, folder: Path, progress: Progress) -> BuiltPlan:
     with on_gpu(request.gpu), cuda_errors(task), tensorrt_errors(task):
         check_free_memory(request.gpu, request.free_mib)
         plan, profile = compile_plan(request, folder, progress)
-        device_memory = inspect(plan, request, folder)
+        device_memory = inspect(plan, profile, request, folder)
     (folder / "model.plan").write_bytes(plan)
     return BuiltPlan(
         plan=folder / "model.plan",
@@ -152,7 +152,7 @@ def use_timing_cache(config: trt.IBuilderConfig, earlier: bytes) -> None:
         config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
 
 
-def inspect(plan: bytes, request: Request, folder: Path) -> int:
+def inspect(plan: bytes, profile: dict[str, Shapes], request: Request, folder: Path) -> int:
     """Load the plan once, to prove that it can be; keep what the inspector says; give its device memory in bytes."""
     mark = LOG.mark()
     runtime = make_runtime()
@@ -160,7 +160,12 @@ def inspect(plan: bytes, request: Request, folder: Path) -> int:
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise failed(f"loading the plan of {request.onnx.name} that it has just built", mark)
-    layers = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    context = engine.create_execution_context()
+    if context is None or not all(context.set_input_shape(name, tuned) for name, (_, tuned, _) in profile.items()):
+        raise failed(f"setting the shapes of {request.onnx.name} that it is tuned for", mark)
+    inspector = engine.create_engine_inspector()
+    inspector.execution_context = context  # without shapes it tells no data types
+    layers = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
     (folder / "layers.json").write_text(layers, encoding="utf-8")
     return int(engine.device_memory_size_v2)
 
