@@ -17,7 +17,7 @@ from tasks.contracts.errors import EngineError
 from tasks.contracts.records import PlanKey
 from tasks.contracts.spec import TensorRtSpec
 from tasks.engines.child import Progress
-from tasks.engines.cuda import check_free_memory, cuda_errors, current
+from tasks.engines.cuda import check_free_memory, cuda_errors, on_gpu
 from tasks.engines.faults import remedy_for
 from tasks.engines.tensorrt_api import LOG, failed, make_builder, make_runtime, sizes, this_machine
 from tasks.engines.tensorrt_build import BuiltPlan, Request
@@ -41,7 +41,7 @@ def build(request: Request, folder: Path, progress: Progress) -> BuiltPlan:
         EngineError: with TensorRT's own reason.
     """
     started, mark = time.monotonic(), LOG.mark()
-    with current(request.gpu), cuda_errors(f"building {request.onnx.name}"):
+    with on_gpu(request.gpu), cuda_errors(f"building {request.onnx.name}"):
         check_free_memory(request.gpu, request.free_mib)
         plan, profile = compile_plan(request, folder, progress)
         device_memory = inspect(plan, profile, request, folder)
