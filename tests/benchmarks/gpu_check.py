@@ -308,9 +308,10 @@ def _parity(model: Model, built: BuiltPlan) -> Iterator[str]:
             same = np.array_equal(graphed.answer(images[:8]), engine.answer(images[:8]))
     agreement = float(np.mean(expected.argmax(1) == found.argmax(1)))
     spread = float(np.abs(found - expected).mean() / expected.std())
+    graph = "the same bits" if same else "other bits"
     yield (
         f"Beside ONNX Runtime on {PARITY_IMAGES} random images: same answer on {100 * agreement:.1f} %, "
-        f"logits apart by {100 * spread:.1f} % of their spread. As a CUDA graph: {'the same bits' if same else 'other bits'}."
+        f"logits apart by {100 * spread:.1f} % of their spread. As a CUDA graph: {graph}."
     )
     if agreement < PARITY_LIMIT or not same:
         raise MissedError(f"At least {100 * PARITY_LIMIT:.0f} % and the same bits were asked.")
