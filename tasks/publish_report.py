@@ -79,7 +79,12 @@ def publish_report(
         decision=decision,
         versions=library_versions("requant", "prefect", *LIBRARIES),
         hardware=engine.hardware,
-        notes=(*int8_notes(), *_parity_notes(parity), *(f"Lint: {warning}." for warning in exported.warnings)),
+        notes=(
+            *int8_notes(),
+            *_parity_notes(parity),
+            *(f"Lint: {warning}." for warning in exported.warnings),
+            *(f"FP16: {note}." for note in exported.half_notes),
+        ),
     )
     store, prefix = the_store(), run_prefix(spec.name, report.run_id)
     with disk_errors():

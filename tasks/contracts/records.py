@@ -181,7 +181,7 @@ class LayerCost(Record):
     op_type: str
     parameters: int
     macs: int
-    precision: Literal["int8", "float32"]
+    precision: Literal["int8", "float16", "float32"]
 
 
 class Compression(Record):
@@ -211,9 +211,11 @@ class ExportRecord(Record):
     """The float and the INT8 graph, linted."""
 
     float_onnx: ArtifactRef
-    int8_onnx: ArtifactRef
+    half_onnx: ArtifactRef | None = None  # the float graph in float16, for TensorRT alone
+    int8_onnx: ArtifactRef  # what is not INT8 is float32, or float16 where the target asks for that
     opset: int
     warnings: tuple[str, ...] = ()  # of the lint; what is worse is refused
+    half_notes: tuple[str, ...] = ()  # what float16 did not simply round, in the engine's graph
     compression: Compression
 
 
