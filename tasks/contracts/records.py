@@ -183,7 +183,7 @@ class LayerCost(Record):
     op_type: str
     parameters: int
     macs: int
-    precision: Literal["int8", "float32"]
+    precision: Literal["int8", "float16", "float32"]
 
 
 class Compression(Record):
@@ -217,6 +217,7 @@ class ExportRecord(Record):
     int8_onnx: ArtifactRef  # what is not INT8 is float32, or float16 where the target asks for that
     opset: int
     warnings: tuple[str, ...] = ()  # of the lint; what is worse is refused
+    half_notes: tuple[str, ...] = ()  # what float16 did not simply round, in the engine's graph
     compression: Compression
 
 
