@@ -39,7 +39,11 @@ def export_model(spec: RunSpec, data: DataRecord, model: ModelRecord, quantized:
             float_onnx=store.put(float_path, kind="float"),
             int8_onnx=store.put(int8_path, kind="int8"),
             opset=OPSET,
-            warnings=tuple(f"{finding.rule} {finding.node}: {finding.found}" for finding in findings),
+            warnings=tuple(
+                f"{finding.rule} {finding.node}: {finding.found}"
+                for finding in findings
+                if finding.severity == "warning"
+            ),
             compression=compression(float_path, int8_path, tuple(example_NCHW.shape)),
         )
 
