@@ -17,7 +17,7 @@ from tasks.graph.lint import SHOWN, Finding, lint
 from tasks.graph.rules import Severity
 from tasks.graph.trial import Feed, trial
 
-WORDS: dict[Severity, str] = {"error": "errors", "warning": "warnings", "info": "notes"}
+WORDS: dict[Severity, str] = {"error": "error", "warning": "warning", "info": "note"}
 
 
 def lint_file(path: Path, target: SchemeName, data: Path | None = None) -> tuple[Finding, ...]:
@@ -43,7 +43,10 @@ def lines_of(findings: Iterable[Finding], title: str) -> Iterator[str]:
     rows: dict[Severity, dict[tuple[str, str], list[Finding]]] = {severity: defaultdict(list) for severity in WORDS}
     for finding in findings:
         rows[finding.severity][finding.rule, finding.remedy].append(finding)
-    yield f"{title}: " + ", ".join(f"{sum(map(len, rows[key].values()))} {word}" for key, word in WORDS.items())
+    counts = {severity: sum(map(len, rules.values())) for severity, rules in rows.items()}
+    yield f"{title}: " + ", ".join(
+        f"{count} {WORDS[severity]}{'s' * (count != 1)}" for severity, count in counts.items()
+    )
     for severity, rules in rows.items():
         for (rule, remedy), broken in rules.items():
             yield f"{severity}  {rule}: {remedy}"

@@ -31,14 +31,15 @@ from tasks.quant.simulate import convert, simulate
 ORT: SchemeName = "onnxruntime"
 TRT: SchemeName = "tensorrt"
 WEIGHTED = ("Conv", "Gemm")
+SUMS = {"resnet18": 8, "mobilenet_v2": 10, "mobilenet_v3_large": 10, "efficientnet_b0": 9}  # of residual blocks
 LEFTOVERS = {"BatchNormalization", "Cast", "Clip", "Identity", "ReduceMean"}
 
 
-def settled(model: nn.Module, images_NCHW: Tensor) -> nn.Module:
+def settled(model: nn.Module, images_NCHW: Tensor, passes: int = 10) -> nn.Module:
     """In inference mode, with batch norms that know the images."""
     model.train()
     with torch.no_grad():
-        for _ in range(10):
+        for _ in range(passes):
             model(images_NCHW)
     return model.eval()
 
@@ -337,3 +338,21 @@ def test_torchvision_models_keep_the_rules_of_both_targets(name: str, tmp_path: 
             "ReduceMean",
             "Identity",
         }
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0"])
+def test_torchvision_models_are_ready_for_tensorrt(name: str, tmp_path: Path) -> None:
+    """No finding; all layers but squeeze-excite in INT8, all residual sums with an INT8 operand, hard-swish whole."""
+    torch.manual_seed(0)
+    images_NCHW = torch.randn(4, 3, 32, 32)
+    network = settled(torchvision.models.get_model(name, num_classes=32), images_NCHW, passes=1)
+    graph = converted_from(folded_from(network, images_NCHW), TRT, images_NCHW)
+    model = write(graph, images_NCHW[:2], tmp_path / "model.onnx", TRT)
+    assert faults(model, TRT) == []
+    floats = {layer for layer, kind in layers_by_weight(model).items() if kind == "FLOAT"}
+    assert floats == {layer for layer in layers_by_weight(model) if layer.endswith((".fc1", ".fc2"))}
+    sums = [[producer_of(model, name) for name in node.input] for node in model.graph.node if node.op_type == "Add"]
+    kinds = [sorted(producer.op_type for producer in producers if producer is not None) for producers in sums]
+    assert kinds == [["Conv", "DequantizeLinear"]] * SUMS[name]
+    counts = Counter(node.op_type for node in model.graph.node)
+    assert counts["HardSwish"] == sum(isinstance(module, nn.Hardswish) for module in network.modules())

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import onnx
 import pytest
 
@@ -557,6 +560,20 @@ def test_a_graph_that_is_not_onnx_is_not_read_any_further() -> None:
     headless = graph(TRT)
     del headless.graph.node[-1].input[:], headless.graph.node[0].input[:]
     assert [(found.rule, found.node) for found in lint(headless, TRT)] == [("L01", "classifier")]
+
+
+def test_weights_that_were_not_read_are_an_error() -> None:
+    """No other rule could look at them."""
+    outside = graph(TRT)
+    outside.graph.initializer[0].data_location = onnx.TensorProto.EXTERNAL
+    assert [(found.rule, found.severity, found.node) for found in lint(outside, TRT)] == [("L21", "error", "s")]
+
+
+def test_the_page_tells_of_every_rule() -> None:
+    """Each with its severity, and those that need a file or a runtime too."""
+    page = (Path(__file__).parents[3] / "docs" / "tensorrt.md").read_text()
+    told = {(name, severity) for name, severity in re.findall(r"^\| (L\d\d) \| (\w+) \|", page, re.M)}
+    assert told == {(rule.name, rule.severity) for rule in RULES[TRT]} | {("L21", "error"), ("L25", "error")}
 
 
 def faults(model: onnx.ModelProto) -> list[tuple[str, str]]:
