@@ -104,13 +104,13 @@ def the_machine(_work: Path) -> Iterator[str]:
 
 def bandwidth(_work: Path) -> Iterator[str]:
     """Our page-locked buffers and stream beside PyTorch's pinned copies, in turns."""
-    from tasks.engines.cuda import Lane, current
+    from tasks.engines.cuda import Lane, on_gpu
 
     here, there = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True), torch.empty(
         COPY_BYTES, dtype=torch.uint8, device="cuda"
     )  # fmt: skip
     seconds: dict[str, list[float]] = {}
-    with current(GPU):
+    with on_gpu(GPU):
         lane = Lane()
         try:
             lane.allocate("x", COPY_BYTES)
