@@ -94,6 +94,27 @@ def run(
 
 
 @app.command()
+def run_all(
+    fleet: Annotated[Path, typer.Argument(help="The file of `requant deploy`.")] = Path("fleet.yaml"),
+    at_once: Annotated[int, typer.Option(help="How many models at the same time, on workers.", min=1)] = 2,
+) -> None:
+    """Re-quantize every model of a fleet: on the workers of PREFECT_API_URL, or without it here, in turn."""
+    from prefect.settings import PREFECT_API_URL
+
+    from tasks.contracts.fleet import read_fleet
+
+    on_workers = PREFECT_API_URL.value() is not None
+    _, specs = read_fleet(fleet)
+    with _prefect():
+        from prefect import tags
+
+        from flows.fleet import requantize_many
+    with tags("requant"):
+        requantize_many(tuple(specs.values()), at_once, on_workers)
+    Console().print(f"All {len(specs)} models are done", style="bold green")
+
+
+@app.command()
 def check_data(
     spec: SpecFile = None,
     model: ModelOption = None,
@@ -194,9 +215,13 @@ def releases(name: Model) -> None:
 
 
 @app.command()
-def history(name: Model) -> None:
-    """Who was champion, when and why."""
-    _print(_registry().history(name))
+def history(
+    name: Model,
+    plot: Annotated[Path | None, typer.Option(help="Draw accuracy, size and latency: a .png or .html file.")] = None,
+    last: Annotated[int, typer.Option(help="How many runs.", min=1)] = 100,
+) -> None:
+    """The runs of a model over time, rejected ones too, and who was champion, when and why."""
+    _print(_registry().history(name, last=last, plot=plot))
 
 
 @app.command()

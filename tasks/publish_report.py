@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import base64
 from datetime import UTC, datetime
+from urllib.parse import quote
 
 from prefect import get_run_logger, runtime
-from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
+from prefect.artifacts import (
+    create_image_artifact,
+    create_link_artifact,
+    create_markdown_artifact,
+    create_table_artifact,
+)
 
 from tasks.contracts.records import (
     Accuracy,
@@ -21,6 +27,7 @@ from tasks.contracts.records import (
     Parity,
     QuantizedRecord,
 )
+from tasks.contracts.settings import Settings
 from tasks.contracts.spec import RunSpec
 from tasks.engines.hardware import hardware, int8_notes
 from tasks.graph.parity import steps_apart
@@ -84,7 +91,7 @@ def publish_report(
     store, prefix = the_store(), run_prefix(spec.name, report.run_id)
     with disk_errors():
         _store_all(store, prefix, report)
-    _show(report, f"{store}/{prefix}/report.html")
+    _show(report, f"{store}/{prefix}/report.html", _link(f"{prefix}/report.html"))
     get_run_logger().info("report: %s/%s/report.html", store, prefix)
     return report
 
@@ -106,10 +113,18 @@ def _store_all(store: Store, prefix: str, report: RunReport) -> None:
     store.write_text(f"{prefix}/record.json", report.model_dump_json(indent=1))
 
 
-def _show(report: RunReport, place: str) -> None:
+def _link(key: str) -> str | None:
+    """What a browser can follow: Prefect's UI shows no link to a file or to s3://, so only by a setting."""
+    base = Settings().report_url
+    return None if base is None else f"{base.rstrip('/')}/{quote(key)}"
+
+
+def _show(report: RunReport, place: str, link: str | None) -> None:
     name = report.spec.name.replace("_", "-").replace(".", "-")  # all that a Prefect key may hold
     create_table_artifact(gate_rows(report.decision), key=f"gates-{name}", description="Gates: measured and agreed")
     create_markdown_artifact(as_markdown(report), key=f"report-{name}", description=place)
+    if link is not None:
+        create_link_artifact(link, "The whole report", key=f"page-{name}", description=place)
     picture = base64.b64encode(image_of(summary_figure(report), "png")).decode()
     create_image_artifact(
         f"data:image/png;base64,{picture}",

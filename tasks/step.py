@@ -47,6 +47,7 @@ def step(name: str) -> Callable[[Callable[P, T]], Task[P, T]]:
     """A Prefect task that is retried only for what can pass. The store remembers results, so Prefect does not."""
     return task(
         name=name,
+        task_run_name=name,  # Prefect would add a random end to it
         retries=3,
         retry_delay_seconds=[2, 10, 60],
         retry_jitter_factor=0.5,

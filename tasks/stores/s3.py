@@ -25,7 +25,7 @@ from urllib3.exceptions import HTTPError
 
 from tasks.contracts.errors import StoreError, TransientStoreError
 from tasks.contracts.settings import S3Settings
-from tasks.stores.base import Entries, Entry, Store
+from tasks.stores.base import DOCUMENTS_AT_ONCE, Entries, Entry, Store
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -551,7 +551,7 @@ def _client(settings: S3Settings) -> S3Client:
             connect_timeout=settings.connect_timeout_s,
             read_timeout=settings.read_timeout_s,
             retries={"mode": settings.retry_mode, "total_max_attempts": settings.max_attempts},
-            max_pool_connections=settings.concurrency + 1,
+            max_pool_connections=max(settings.concurrency, DOCUMENTS_AT_ONCE) + 1,
             s3={"addressing_style": settings.addressing},
             # Ceph and Swift refuse the checksums that boto3 adds over HTTPS; every body is signed with its SHA-256
             request_checksum_calculation="when_required",
