@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tasks.contracts.errors import DataRejected, GateRejected, RequantError, SpecError
-from tasks.contracts.fleet import WorkerType
+from tasks.contracts.fleet import WorkerType, read_fleet
 from tasks.contracts.settings import Settings
 from tasks.contracts.spec import RunSpec, SchemeName, read_spec, spec_from
 
@@ -99,18 +99,14 @@ def run_all(
     at_once: Annotated[int, typer.Option(help="How many models at the same time, on workers.", min=1)] = 2,
 ) -> None:
     """Re-quantize every model of a fleet: on the workers of PREFECT_API_URL, or without it here, in turn."""
-    from prefect.settings import PREFECT_API_URL
-
-    from tasks.contracts.fleet import read_fleet
-
-    on_workers = PREFECT_API_URL.value() is not None
     _, specs = read_fleet(fleet)
     with _prefect():
         from prefect import tags
+        from prefect.settings import PREFECT_API_URL
 
         from flows.fleet import requantize_many
     with tags("requant"):
-        requantize_many(tuple(specs.values()), at_once, on_workers)
+        requantize_many(tuple(specs.values()), at_once, on_workers=PREFECT_API_URL.value() is not None)
     Console().print(f"All {len(specs)} models are done", style="bold green")
 
 
@@ -372,6 +368,7 @@ def _prefect() -> Iterator[None]:
     _check_settings()
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")  # a cold start takes 20
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")  # a fleet's server counts silent runs as crashed
     os.environ.setdefault("DO_NOT_TRACK", "1")
     import prefect.server.api.server  # noqa: F401 - here, as two threads must not import the same modules at once
     from prefect.client.orchestration import get_client
