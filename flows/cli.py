@@ -303,12 +303,15 @@ def _run(spec: RunSpec) -> None:
 
         from flows.requantize import requantize
         from tasks.report.content import headline
+        from tasks.report.gpu import gpu_lines
         from tasks.step import run_prefix
 
     with tags("requant", f"model:{spec.name}", f"runtime:{spec.target.runtime}"):  # to filter by, on a server
         report = requantize(spec)
     store, console = Settings().store, Console(soft_wrap=True)
     console.print(headline(report.decision), style="bold green")
+    for line in gpu_lines(report.gpu) if report.gpu else ():
+        console.print(line, markup=False, highlight=False)
     console.print(f"engine: {store}/{report.engine.engine.key}", markup=False, highlight=False)
     console.print(f"report: {store}/{run_prefix(spec.name, report.run_id)}/report.html", markup=False, highlight=False)
 

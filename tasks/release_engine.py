@@ -10,7 +10,7 @@ import torch
 from prefect import get_run_logger
 
 from tasks.contracts.errors import StoreError
-from tasks.contracts.records import ArtifactRef, PlanKey
+from tasks.contracts.records import ArtifactRef, EngineRecord, PlanKey
 from tasks.contracts.release import Candidate, Provenance, Release, Scores, Serving
 from tasks.contracts.settings import Settings
 from tasks.engines.hardware import hardware
@@ -32,7 +32,7 @@ def release_engine(report: RunReport) -> Release:
     keys = keys_from(settings)
     with disk_errors(), workspace(settings.scratch) as work:
         serving = _serving(report)
-        known = released_before(store, name, (report.engine,), serving, keys)
+        known = released_before(store, name, released_engines(report), serving, keys)
         if known is not None:
             now = champion(store, name).release
             if known.number == now:
@@ -47,6 +47,11 @@ def release_engine(report: RunReport) -> Release:
     promotion = promote(store, name, release.number, keys)
     logger.info("release %d of %s is champion (was %s)", release.number, name, promotion.previous or "none")
     return release
+
+
+def released_engines(report: RunReport) -> tuple[EngineRecord, ...]:
+    """As a release knows them. The audit of hundreds of layers stays in the run's record, which it refers to."""
+    return (report.engine.model_copy(update={"audit": None}),)
 
 
 def _serving(report: RunReport) -> Serving:
@@ -65,7 +70,7 @@ def _candidate(report: RunReport, serving: Serving, store: Store, work: Path) ->
         model=report.spec.name,
         run=report.run_id,
         decision=report.decision,
-        engines=(report.engine,),
+        engines=released_engines(report),
         serving=serving,
         scores=Scores(
             float_top1=report.float_accuracy.top1,
