@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from math import prod
 from pathlib import Path
+from typing import Literal
 
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -118,7 +119,7 @@ def _cost(graph: Graph, layer: NodeProto, shapes: dict[str, Shape]) -> LayerCost
         op_type=layer.op_type,
         parameters=prod(weight) + (prod(shapes[bias]) if bias in graph.roots else 0),
         macs=_macs(layer.op_type, data, weight, output),
-        precision="int8" if _computes_in_int8(graph, layer) else "float32",
+        precision="int8" if _computes_in_int8(graph, layer) else _float_type(graph, layer),
     )
 
 
@@ -136,6 +137,14 @@ def _computes_in_int8(graph: Graph, layer: NodeProto) -> bool:
     """Whether both operands come from 8-bit integers."""
     dequantizes = (graph.input_dequantize(layer), graph.weight_dequantize(layer))
     return all(node is not None and _integer_type(graph, node) in BYTES for node in dequantizes)
+
+
+def _float_type(graph: Graph, layer: NodeProto) -> Literal["float16", "float32"]:
+    """That of the weight as the layer reads it: its constant's, or of the scale that dequantizes it."""
+    dequantize = graph.weight_dequantize(layer)
+    name = graph.roots[layer.input[1]] if dequantize is None else dequantize.input[1]
+    tensor = graph.constants.get(name)  # a computed scale is no constant
+    return "float16" if tensor is not None and tensor.data_type == TensorProto.FLOAT16 else "float32"
 
 
 def _integer_type(graph: Graph, dequantize: NodeProto) -> int:

@@ -204,6 +204,8 @@ FAULTS = {
     "deserialize": r"loading model\.plan: ERROR: The engine plan file is not compatible.*Build the plan again",
     "context": r"making a context for model\.plan, which needs 3 MiB, with 512 of 1024.*OutOfMemory.*lower target",
     "location": r"'pixels' of model\.plan is FLOAT in HOST memory",
+    "infer": r"loading model\.plan, by inferShapes: a bug",
+    "unknown": r"inferring shapes of model\.plan; unknown are those of pixels",
     "shape": r"setting 'pixels' of model\.plan to \[4, 1, 2, 2\]: ERROR: setInputShape",
 }
 

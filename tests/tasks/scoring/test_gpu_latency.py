@@ -4,8 +4,7 @@ import gc
 import inspect
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -14,7 +13,7 @@ import pytest
 
 from tasks.contracts.errors import EngineError
 from tasks.contracts.records import GpuState, Precision
-from tasks.engines.base import Timing
+from tasks.engines.base import Engine, TensorInfo, Timing
 from tasks.engines.tensorrt import TensorRtEngine
 from tasks.scoring.gpu_latency import (
     FLOATS,
@@ -281,11 +280,27 @@ def test_device_memory_is_what_an_open_engine_adds() -> None:
     """Before it is opened, and after one inference while it is open."""
     used = [100 * 2**20]
 
-    @contextmanager
-    def opening() -> Iterator[Sleeper]:
-        used[0] += 30 * 2**20
-        yield Sleeper(0.1)
-        used[0] -= 30 * 2**20
+    class Holder(Engine):
+        """Takes 10 MiB when it opens and 20 more when it runs."""
 
-    assert device_memory_mib(opening(), FEEDS[1], lambda: used[0]) == 30
+        @property
+        def options(self) -> dict[str, str]:
+            return {}
+
+        @staticmethod
+        def version() -> str:
+            return "1"
+
+        def _open(self) -> None:
+            used[0] += 10 * 2**20
+            self.inputs = (TensorInfo(name="x", dtype=np.dtype(np.float32), shape=(None,)),)
+
+        def _close(self) -> None:
+            used[0] -= 30 * 2**20
+
+        def _run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            used[0] += 20 * 2**20
+            return {}
+
+    assert device_memory_mib(Holder(), {"x": np.zeros(1, np.float32)}, lambda: used[0]) == 30
     assert used[0] == 100 * 2**20
