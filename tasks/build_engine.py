@@ -11,6 +11,7 @@ from tasks.contracts.settings import Settings
 from tasks.contracts.spec import RunSpec, TargetSpec
 from tasks.engines.base import Engine, TensorInfo
 from tasks.engines.hardware import gpu_hardware, hardware
+from tasks.engines.inspector import audit
 from tasks.engines.plan import timing_cache_key
 from tasks.engines.runtimes import open_onnx
 from tasks.engines.tensorrt import TensorRtEngine, this_machine
@@ -98,7 +99,13 @@ def _planned(spec: RunSpec, exported: ExportRecord, store: Store, work: Path) ->
     built = build_plan_of(exported.int8_onnx, spec.target, work, "the INT8 engine")
     engine = TensorRtEngine(built.plan, built.key, gpu=the_gpu())
     described = _described(engine, store.put(built.plan, kind="plans"), spec.target)
-    return described.model_copy(update={"plan": built.key, "device_memory_bytes": built.device_memory_bytes})
+    return described.model_copy(
+        update={
+            "plan": built.key,
+            "device_memory_bytes": built.device_memory_bytes,
+            "audit": audit(built.layers.read_text(encoding="utf-8"), exported.compression.layers),
+        }
+    )
 
 
 def _described(engine: Engine, ref: ArtifactRef, target: TargetSpec) -> EngineRecord:
