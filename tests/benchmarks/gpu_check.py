@@ -30,7 +30,6 @@ import bench_training
 import numpy as np
 import onnx
 import torch
-from tasks.graph.half import half_from, largest_values
 
 from tasks.contracts.errors import RequantError
 from tasks.contracts.records import GpuSpeed, Precision
@@ -42,6 +41,7 @@ from tasks.engines.tensorrt import TensorRtEngine, this_machine
 from tasks.engines.tensorrt_build import BuiltPlan, build_plan
 from tasks.graph.count import compression
 from tasks.graph.export import INPUT
+from tasks.graph.half import half_from, largest_values
 from tasks.quant.schemes import SCHEMES
 from tasks.report.content import RunReport
 from tasks.scoring.gpu_latency import measure_gpu_speed
@@ -104,13 +104,13 @@ def the_machine(_work: Path) -> Iterator[str]:
 
 def bandwidth(_work: Path) -> Iterator[str]:
     """Our page-locked buffers and stream beside PyTorch's pinned copies, in turns."""
-    from tasks.engines.cuda import Lane, current
+    from tasks.engines.cuda import Lane, on_gpu
 
     here, there = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True), torch.empty(
         COPY_BYTES, dtype=torch.uint8, device="cuda"
     )  # fmt: skip
     seconds: dict[str, list[float]] = {}
-    with current(GPU):
+    with on_gpu(GPU):
         lane = Lane()
         try:
             lane.allocate("x", COPY_BYTES)
