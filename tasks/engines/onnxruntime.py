@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU."""
+"""ONNX Runtime: on the CPU, and on a GPU by its CUDA and TensorRT providers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from onnxruntime.capi import onnxruntime_pybind11_state as vendor
 from tasks.contracts.errors import EngineError
 from tasks.engines.base import Engine, TensorInfo
 
-PROVIDER = "CPUExecutionProvider"
-CONFIG = {
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+CPU_CONFIG = {
     "session.intra_op.allow_spinning": "1",  # the default: threads wait busily, quick but not idle
     # Without VNNI, products of uint8 and int8 saturate in 16 bits; this takes a slower kernel there, and nowhere else.
     "session.x64quantprecision": "1",
 }
+GPU_CONFIG = {"session.disable_cpu_ep_fallback": "1"}  # a node that the provider does not take is an error
 ERRORS_ONLY = 3  # of the severities 0 to 4
 DTYPES = {
     "tensor(float)": np.float32,
@@ -38,25 +39,39 @@ VENDOR_ERRORS: tuple[type[Exception], ...] = (
 
 
 class OnnxRuntimeEngine(Engine):
-    """An ONNX file in ONNX Runtime, on the CPU and nowhere else.
+    """An ONNX file in ONNX Runtime, by one provider and no other.
 
     Without `optimise` the graph runs as it was written, operator by operator.
     """
 
-    def __init__(self, path: Path, *, threads: int, optimise: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        threads: int,
+        optimise: bool = True,
+        provider: str = CPU,
+        provider_options: Mapping[str, str] | None = None,
+    ) -> None:
         self._path = path
+        self._provider, self._provider_options = provider, dict(provider_options or {})
         self._level = "ORT_ENABLE_ALL" if optimise else "ORT_DISABLE_ALL"
         self._threads = threads
 
     @property
     def options(self) -> dict[str, str]:
         return {
-            "provider": PROVIDER,
+            "provider": self._provider,
             "intra_op_num_threads": str(self._threads),
             "inter_op_num_threads": "1",
             "graph_optimization_level": self._level,
-            **CONFIG,
+            **self._config,
+            **self._provider_options,
         }
+
+    @property
+    def _config(self) -> dict[str, str]:
+        return CPU_CONFIG if self._provider == CPU else GPU_CONFIG
 
     @staticmethod
     def version() -> str:
@@ -65,17 +80,28 @@ class OnnxRuntimeEngine(Engine):
     def _open(self) -> None:
         if not self._path.is_file():
             raise EngineError(f"{self._path} is not a file.", remedy="Name an ONNX file that exists.")
+        available = ort.get_available_providers()
+        if self._provider not in available:
+            raise EngineError(
+                f"ONNX Runtime {self.version()} has no {self._provider}, only {', '.join(available)}.",
+                remedy="On a machine with a GPU install onnxruntime-gpu in place of onnxruntime.",
+            )
         options = ort.SessionOptions()
         options.log_severity_level = ERRORS_ONLY
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
         options.graph_optimization_level = ort.GraphOptimizationLevel.__members__[self._level]
-        for key, value in CONFIG.items():
+        for key, value in self._config.items():
             options.add_session_config_entry(key, value)
         with engine_errors(f"opening {self._path.name}", remedy="Check that the file is a whole ONNX model."):
-            self._session = ort.InferenceSession(self._path, options, providers=[PROVIDER])
-        if self._session.get_providers() != [PROVIDER]:  # ONNX Runtime replaces a missing provider quietly
-            raise EngineError(f"{PROVIDER} is unavailable; ONNX Runtime took {self._session.get_providers()}.")
+            self._session = ort.InferenceSession(
+                self._path, options, providers=[(self._provider, self._provider_options)]
+            )
+        if self._session.get_providers()[0] != self._provider:  # ONNX Runtime replaces one that fails quietly
+            raise EngineError(
+                f"{self._provider} does not work here; ONNX Runtime took {self._session.get_providers()}.",
+                remedy="Install the CUDA, cuDNN and TensorRT libraries that onnxruntime-gpu was built for.",
+            )
         self.inputs = tuple(_info(argument) for argument in self._session.get_inputs())
         self.outputs = tuple(_info(argument) for argument in self._session.get_outputs())
 

@@ -172,6 +172,17 @@ def rollback(store: Store, name: str, keys: Keys = NO_KEYS) -> Promotion:
     return _move(store, name, line[-2], "rollback", instead_of=now.release)
 
 
+def last_good_run(store: Store, name: str) -> datetime | None:
+    """When a run last passed all gates, by the clock of the store; None if none has."""
+    records = {entry.key: entry.modified for entry in store.entries(f"models/{name}/runs/")}
+    for key in sorted(records, reverse=True):  # names of runs rise with time
+        if key.endswith("/record.json"):
+            record: Any = json.loads(store.read_text(key) or "{}")
+            if record.get("decision", {}).get("passed"):
+                return records[key]
+    return None
+
+
 def lineage(now: Champion) -> list[int]:
     """Champions that rollbacks would go back through, the present one last."""
     line: list[int] = []

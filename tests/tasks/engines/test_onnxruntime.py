@@ -12,8 +12,7 @@ import pytest
 from onnxruntime.capi import onnxruntime_pybind11_state
 
 from tasks.contracts.errors import EngineError
-from tasks.engines import onnxruntime as adapter
-from tasks.engines.onnxruntime import VENDOR_ERRORS, OnnxRuntimeEngine, engine_errors
+from tasks.engines.onnxruntime import CUDA, TENSORRT, VENDOR_ERRORS, OnnxRuntimeEngine, engine_errors
 
 
 @pytest.fixture
@@ -49,13 +48,23 @@ def test_the_vendors_exceptions_are_all_known(name: str) -> None:
         raise kind("broken")
 
 
-def test_another_provider_than_asked_is_an_error(gather: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX Runtime falls back to the CPU with a warning; we do not."""
-    monkeypatch.setattr(adapter, "PROVIDER", "CUDAExecutionProvider")
+@pytest.mark.skipif(CUDA in ort.get_available_providers(), reason="this ONNX Runtime has CUDA")
+@pytest.mark.parametrize("provider", [CUDA, TENSORRT])
+def test_a_provider_that_is_not_installed_is_an_error(gather: Path, provider: str) -> None:
+    """ONNX Runtime would fall back to the CPU with a warning."""
     with (
-        pytest.warns(UserWarning, match="not in available provider"),
-        pytest.raises(EngineError, match="CUDAExecutionProvider is unavailable"),
-        OnnxRuntimeEngine(gather, threads=1),
+        pytest.raises(EngineError, match=rf"has no {provider}, only .*CPUExecutionProvider.*onnxruntime-gpu"),
+        OnnxRuntimeEngine(gather, threads=1, provider=provider),
+    ):
+        pass
+
+
+@pytest.mark.skipif("AzureExecutionProvider" not in ort.get_available_providers(), reason="needs a second provider")
+def test_a_node_that_the_provider_does_not_take_is_an_error(gather: Path) -> None:
+    """Azure's provider takes none of these nodes, which would all run on the CPU quietly."""
+    with (
+        pytest.raises(EngineError, match=r"opening gather\.onnx.*assigned to the default CPU EP"),
+        OnnxRuntimeEngine(gather, threads=1, provider="AzureExecutionProvider"),
     ):
         pass
 
