@@ -57,7 +57,11 @@ def export_model(spec: RunSpec, data: DataRecord, model: ModelRecord, quantized:
             half_onnx=half_onnx,
             int8_onnx=store.put(int8_path, kind="int8"),
             opset=OPSET,
-            warnings=tuple(f"{finding.rule} {finding.node}: {finding.found}" for finding in findings),
+            warnings=tuple(
+                f"{finding.rule} {finding.node}: {finding.found}"
+                for finding in findings
+                if finding.severity == "warning"
+            ),
             half_notes=notes,
             compression=compression(float_path, int8_path, tuple(example_NCHW.shape)),
         )

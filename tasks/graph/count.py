@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import NodeProto, TensorProto
 
 from tasks.contracts.errors import ExportError
 from tasks.contracts.records import Compression, LayerCost
-from tasks.graph.lint import Graph, name_of, size_bytes
+from tasks.graph.index import Graph, name_of, read_onnx, size_bytes
 
 Shape = tuple[int, ...]
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
@@ -45,7 +44,7 @@ def compression(float_path: Path, int8_path: Path, input_shape: Shape) -> Compre
     Raises:
         ExportError: if a file cannot be read, or a graph cannot be counted.
     """
-    float_model, int8_model = _load(float_path), _load(int8_path)
+    float_model, int8_model = read_onnx(float_path), read_onnx(int8_path)
     parameters = sum(prod(tensor.dims) for tensor in Graph(float_model).constants.values() if _is_parameter(tensor))
     if not parameters:
         raise ExportError(f"{float_path.name} holds no float parameters.", remedy="Name the float model first.")
@@ -67,13 +66,6 @@ def compression(float_path: Path, int8_path: Path, input_shape: Shape) -> Compre
 def _is_parameter(tensor: TensorProto) -> bool:
     """Scalars are bounds and factors of operators, not parameters."""
     return tensor.data_type in FLOATS and len(tensor.dims) > 0
-
-
-def _load(path: Path) -> onnx.ModelProto:
-    try:
-        return onnx.load(path)
-    except (OSError, DecodeError) as error:
-        raise ExportError(f"{path} cannot be read: {error}.", remedy="Name an ONNX file.") from error
 
 
 def _shapes(model: onnx.ModelProto, input_shape: Shape) -> dict[str, Shape]:

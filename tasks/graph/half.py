@@ -20,7 +20,8 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedN
 
 from tasks.contracts.errors import ExportError
 from tasks.graph.export import INPUT
-from tasks.graph.lint import DEQUANTIZE, QUANTIZE, SHOWN, WEIGHTED
+from tasks.graph.index import DEQUANTIZE, QUANTIZE, WEIGHTED
+from tasks.graph.lint import SHOWN
 from tasks.graph.parity import Feed
 
 FLOAT, FLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16

@@ -208,7 +208,7 @@ def test_compression_counts_files_and_bits(tmp_path: Path) -> None:
 def test_a_float_file_without_parameters_is_refused(tmp_path: Path) -> None:
     """Bits per weight of nothing would be infinite."""
     empty, int8_path = tmp_path / "empty.onnx", tmp_path / "int8.onnx"
-    empty.touch()
+    onnx.save(graph("float s = {1}", "x = Mul(input, s) logits = Flatten(x)", gives="batch, 256"), empty)
     onnx.save(INT8, int8_path)
     with pytest.raises(ExportError, match=r"empty\.onnx holds no float parameters"):
         compression(empty, int8_path, (1, 4, 8, 8))
