@@ -338,8 +338,13 @@ def _notify(client: SyncPrefectClient, fleet: Fleet) -> Notify | None:
     block_type, _, name = fleet.alarms.block.partition("/")
     url = Settings().alarm_url
     if url is not None:
-        kind = Block.get_block_class_from_key(block_type)
-        kind(url=url).save(name, overwrite=True)
+        try:
+            Block.get_block_class_from_key(block_type)(url=url).save(name, overwrite=True)
+        except (KeyError, ValidationError):
+            raise SpecError(
+                f"REQUANT_ALARM_URL cannot become a block of type {block_type}.",
+                remedy="Make that block in the UI; those made of an address are slack-webhook, webhook and their like.",
+            ) from None
     try:
         document = client.read_block_document_by_name(name, block_type, include_secrets=False)
     except ObjectNotFound:
