@@ -16,7 +16,7 @@ from typing import Any
 from uuid import UUID
 
 import yaml
-from prefect.blocks.core import Block
+from prefect.blocks.core import Block, UnknownBlockType
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.schedules import CronSchedule
@@ -340,7 +340,7 @@ def _notify(client: SyncPrefectClient, fleet: Fleet) -> Notify | None:
     if url is not None:
         try:
             Block.get_block_class_from_key(block_type)(url=url).save(name, overwrite=True)
-        except (KeyError, ValidationError):
+        except (UnknownBlockType, ValidationError):
             raise SpecError(
                 f"REQUANT_ALARM_URL cannot become a block of type {block_type}.",
                 remedy="Make that block in the UI; those made of an address are slack-webhook, webhook and their like.",
@@ -352,4 +352,10 @@ def _notify(client: SyncPrefectClient, fleet: Fleet) -> Notify | None:
             f"Prefect has no block {fleet.alarms.block}.",
             remedy="Make it in the UI, or set REQUANT_ALARM_URL to its address and deploy again.",
         ) from None
+    capabilities = document.block_schema.capabilities if document.block_schema else []
+    if block_type != "webhook" and "notify" not in capabilities:
+        raise SpecError(
+            f"The block {fleet.alarms.block} cannot notify anybody.",
+            remedy="Take a notification block such as slack-webhook, or webhook.",
+        )
     return through(block_type, document.id)

@@ -71,10 +71,20 @@ class Production:
         return self.place.end(self.place.start(*arguments, **self.environment))
 
     def get(self, path: str) -> Any:
-        return httpx.get(f"{self.url}{path}").raise_for_status().json()
+        return self.ask("GET", path)
 
     def post(self, path: str, body: Any) -> Any:
-        return httpx.post(f"{self.url}{path}", json=body).raise_for_status().json()
+        return self.ask("POST", path, body)
+
+    def ask(self, method: str, path: str, body: Any = None) -> Any:
+        """The API's answer; None if it has nothing to say."""
+
+        def answer() -> httpx.Response | None:
+            answer = httpx.request(method, f"{self.url}{path}", json=body, timeout=30)
+            return None if answer.status_code == httpx.codes.SERVICE_UNAVAILABLE else answer  # SQLite is locked
+
+        answered = wait_for(answer, f"{method} {path}").raise_for_status()
+        return answered.json() if answered.content else None
 
     def all(self, kind: str) -> dict[str, Any]:
         """Everything of a kind by its name, or by its flow's and its own."""
@@ -124,7 +134,7 @@ def wait_for(happened: Callable[[], T | None], what: str, seconds: float = 120) 
             found = happened()
         except httpx.TransportError:
             found = None  # not listening yet
-        if found:
+        if found is not None and found is not False and found != []:
             return found
         time.sleep(0.2)
     pytest.fail(f"waited in vain for {what}")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import httpx
-
 from tests.flows.production import BLOCK
 from tests.flows.test_announce import event, send
 
@@ -47,7 +45,7 @@ def test_a_trigger_that_starts_nothing_is_heard_of(fleet: Production, plain: dic
     """Here somebody has deleted the deployment; deploying again mends it."""
     fleet.deploy(plain, alarms=SOON)
     gone = fleet.all("deployments")["requantize/on-retrain-plain"]
-    httpx.delete(f"{fleet.url}/deployments/{gone['id']}").raise_for_status()
+    fleet.ask("DELETE", f"/deployments/{gone['id']}")
     send(fleet, event("plain", {"weights": "plain.safetensors"}))
     heard = fleet.alarm(alarm="trigger failed", about="requant: run on-retrain-plain")
     assert gone["id"] in heard["message"]

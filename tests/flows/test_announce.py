@@ -37,9 +37,7 @@ def event(model: str, payload: Any, event_id: UUID | str | None = None) -> list[
 
 
 def send(fleet: Production, events: list[dict[str, Any]]) -> None:
-    import httpx
-
-    httpx.post(f"{fleet.url}/events", json=events).raise_for_status()
+    fleet.post("/events", events)
 
 
 def test_an_announcement_starts_one_run_with_its_weights(

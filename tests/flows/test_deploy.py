@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import pytest
+from docker.types import DeviceRequest
 
 from tasks.contracts.errors import SpecError
 from tests.flows.production import BLOCK, wait_for
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 POOLS = Path(__file__).resolve().parents[2] / "infra/pools"
 ALWAYS = {"requantize/by-hand", "build/gpu", "train/gpu", "receive/announcements", "watch/watch"}
 KINDS = ("nightly", "on-retrain", "by-hand")
-NIGHT = {"cron": "0 2 * * *", "timezone": "Europe/Berlin"}
+NIGHT: dict[str, Any] = {"cron": "0 2 * * *", "timezone": "Europe/Berlin"}
 
 
 def named(plain: dict[str, Any], name: str) -> dict[str, Any]:
@@ -86,16 +86,16 @@ def test_what_an_operator_has_paused_stays_paused(fleet: Production, plain: dict
     """A night, and an alarm: deploying is not a way to switch them on again by accident."""
     fleet.deploy(plain, **NIGHT)
     nightly = fleet.all("deployments")["requantize/nightly-plain"]
-    url = f"{fleet.url}/deployments/{nightly['id']}/schedules/{nightly['schedules'][0]['id']}"
-    httpx.patch(url, json={"active": False}).raise_for_status()
+    schedule_url = f"/deployments/{nightly['id']}/schedules/{nightly['schedules'][0]['id']}"
+    fleet.ask("PATCH", schedule_url, {"active": False})
     trigger = fleet.all("automations")["requant: run on-retrain-plain"]
-    httpx.patch(f"{fleet.url}/automations/{trigger['id']}", json={"enabled": False}).raise_for_status()
+    fleet.ask("PATCH", f"/automations/{trigger['id']}", {"enabled": False})
 
     fleet.deploy(plain, cron="0 4 * * *")
     (schedule,) = fleet.all("deployments")["requantize/nightly-plain"]["schedules"]
     assert (schedule["schedule"]["cron"], schedule["active"]) == ("0 4 * * *", False)
     assert not fleet.all("automations")["requant: run on-retrain-plain"]["enabled"]
-    httpx.patch(f"{fleet.url}/automations/{trigger['id']}", json={"enabled": True}).raise_for_status()
+    fleet.ask("PATCH", f"/automations/{trigger['id']}", {"enabled": True})
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_the_command_refuses_what_it_cannot_do(fleet: Production, place: Place) 
 
 
 def test_a_night_comes_by_itself(fleet: Production, plain: dict[str, Any]) -> None:
-    """The schedule starts a run, which is named, tagged and recorded as nightly; without the cron no more are planned."""
+    """The schedule starts a run, named, tagged and recorded as nightly; without the cron no more are planned."""
     fleet.deploy(plain, cron="* * * * *")
     (run,) = wait_for(lambda: fleet.runs("nightly", "model:plain")[:1], "the night")
     fleet.deploy(plain)
@@ -170,9 +170,20 @@ def test_a_model_runs_once_at_a_time(fleet: Production, plain: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("path", sorted(POOLS.glob("*.json")), ids=lambda path: path.stem)
-def test_job_templates_say_every_variable_that_they_use(path: Path) -> None:
-    """What a template names is declared; what is declared has a use; Prefect's own are all there."""
+def test_job_templates_say_every_variable_that_they_use(fleet: Production, path: Path) -> None:
+    """What a template names is declared, what is declared has a use, and a server takes it."""
     template = json.loads(path.read_text())
     declared = template["variables"]["properties"].keys()
     used = {text.partition("}}")[0].strip() for text in json.dumps(template["job_configuration"]).split("{{")[1:]}
     assert used == declared
+    pool = {"name": path.stem, "type": path.stem.partition("-")[0], "base_job_template": template}
+    assert fleet.post("/work_pools/", pool)["base_job_template"] == template
+    fleet.ask("DELETE", f"/work_pools/{path.stem}")
+
+
+def test_docker_takes_the_gpus_that_the_template_asks_for() -> None:
+    """By Docker's own client, to which Prefect hands them; no daemon is asked."""
+    template = json.loads((POOLS / "docker-gpu.json").read_text())
+    (request,) = template["job_configuration"]["container_create_kwargs"]["device_requests"]
+    count = template["variables"]["properties"]["gpu_count"]["default"]
+    assert DeviceRequest(**{**request, "count": count})["Capabilities"] == [["gpu"]]
