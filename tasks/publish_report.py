@@ -28,6 +28,7 @@ from tasks.report.content import RunReport, Trigger
 from tasks.report.html import as_html
 from tasks.report.markdown import as_markdown, gate_rows
 from tasks.report.plots import image_of, summary_figure
+from tasks.scoring.latency import slower_notes
 from tasks.step import LIBRARIES, disk_errors, run_id, run_prefix, step, the_store
 from tasks.stores.base import Store
 from tasks.stores.steps import library_versions
@@ -68,6 +69,7 @@ def publish_report(
         champion=built.champion,
         latencies=built.speed.latencies,
         memory=built.speed.memory,
+        gpu=built.speed.gpu,
         export=exported,
         parity=parity,
         quantized=quantized,
@@ -92,7 +94,9 @@ def _notes(built: Built, parity: Parity, exported: ExportRecord) -> tuple[str, .
     apart = [f"{layer.layer} ({layer.max_steps:.0f} steps)" for layer in steps_apart(parity.layers)]
     said = f"The runtime differs from the simulation by more than one step in {', '.join(apart)}."
     lint = (f"Lint: {warning}." for warning in exported.warnings)
-    return (*(int8_notes() if built_here else ()), *([said] if apart else ()), *lint)
+    half = (f"FP16: {note}." for note in exported.half_notes)
+    slower = slower_notes(built.speed.latencies)
+    return (*(int8_notes() if built_here else ()), *slower, *([said] if apart else ()), *lint, *half)
 
 
 def _store_all(store: Store, prefix: str, report: RunReport) -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from prefect import get_run_logger
 
 from tasks.contracts.errors import StoreError
-from tasks.contracts.records import ArtifactRef
+from tasks.contracts.records import ArtifactRef, EngineRecord, PlanKey
 from tasks.contracts.release import Candidate, Provenance, Release, Scores, Serving
 from tasks.contracts.settings import Settings
 from tasks.engines.hardware import hardware
@@ -34,7 +32,7 @@ def release_engine(report: RunReport) -> Release:
     keys = keys_from(settings)
     with disk_errors(), workspace(settings.scratch) as work:
         serving = _serving(report)
-        known = released_before(store, name, (report.engine,), serving, keys)
+        known = released_before(store, name, released_engines(report), serving, keys)
         if known is not None:
             now = champion(store, name).release
             if known.number == now:
@@ -49,6 +47,11 @@ def release_engine(report: RunReport) -> Release:
     promotion = promote(store, name, release.number, keys)
     logger.info("release %d of %s is champion (was %s)", release.number, name, promotion.previous or "none")
     return release
+
+
+def released_engines(report: RunReport) -> tuple[EngineRecord, ...]:
+    """As a release knows them. The audit of hundreds of layers stays in the run's record, which it refers to."""
+    return (report.engine.model_copy(update={"audit": None}),)
 
 
 def _serving(report: RunReport) -> Serving:
@@ -67,7 +70,7 @@ def _candidate(report: RunReport, serving: Serving, store: Store, work: Path) ->
         model=report.spec.name,
         run=report.run_id,
         decision=report.decision,
-        engines=(report.engine,),
+        engines=released_engines(report),
         serving=serving,
         scores=Scores(
             float_top1=report.float_accuracy.top1,
@@ -97,7 +100,7 @@ def _candidate(report: RunReport, serving: Serving, store: Store, work: Path) ->
             method=report.quantized.method,
             scheme=report.quantized.scheme,
             libraries=report.versions,
-            machine=_machine(),
+            machine=_machine(report.engine.plan),
         ),
     )
 
@@ -112,12 +115,14 @@ def _as_object(store: Store, key: str, work: Path) -> ArtifactRef:
     return store.put(path, kind=path.stem)
 
 
-def _machine() -> dict[str, str]:
+def _machine(plan: PlanKey | None) -> dict[str, str]:
+    """Of this process, but for the GPU that a plan was built on, perhaps by a worker."""
     facts = {"python": platform.python_version(), "system": platform.platform(), "cpu": hardware()}
+    if plan is not None:
+        gpu = plan.machine
+        return facts | {"gpu": gpu.gpu, "driver": gpu.driver, "cuda": gpu.cuda_runtime, "tensorrt": gpu.tensorrt}
     if torch.cuda.is_available():
         facts |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
     if DRIVER.exists():
         facts["driver"] = DRIVER.read_text(encoding="utf-8").splitlines()[0]
-    with suppress(PackageNotFoundError):
-        facts["tensorrt"] = version("tensorrt")
     return facts

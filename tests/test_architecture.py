@@ -30,6 +30,7 @@ HOMES = {
     "tensorrt": ("tasks/engines/tensorrt_*.py",),
     "pycuda": ("tasks/engines/cuda.py",),
     "cuda": ("tasks/engines/cuda.py",),
+    "pynvml": ("tasks/scoring/nvml.py",),
     "great_expectations": ("tasks/data/*.py",),
     "torchao": ("tasks/quant/*.py",),
     "matplotlib": ("tasks/report/*.py",),

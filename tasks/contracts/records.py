@@ -13,6 +13,8 @@ from tasks.contracts.spec import PreprocessSpec
 
 SplitName = Literal["train", "calibration", "selection", "gate"]
 SPLITS: tuple[SplitName, ...] = ("train", "calibration", "selection", "gate")
+Precision = Literal["int8", "float16", "float32"]
+LayerPrecision = Literal[Precision, "unknown"]  # a kernel's; another type, or one that cannot be told, is unknown
 
 
 class Record(BaseModel):
@@ -181,7 +183,7 @@ class LayerCost(Record):
     op_type: str
     parameters: int
     macs: int
-    precision: Literal["int8", "float32"]
+    precision: Literal["int8", "float16", "float32"]
 
 
 class Compression(Record):
@@ -211,10 +213,39 @@ class ExportRecord(Record):
     """The float and the INT8 graph, linted."""
 
     float_onnx: ArtifactRef
-    int8_onnx: ArtifactRef
+    half_onnx: ArtifactRef | None = None  # the float graph in float16, for TensorRT alone
+    int8_onnx: ArtifactRef  # what is not INT8 is float32, or float16 where the target asks for that
     opset: int
     warnings: tuple[str, ...] = ()  # of the lint; what is worse is refused
+    half_notes: tuple[str, ...] = ()  # what float16 did not simply round, in the engine's graph
     compression: Compression
+
+
+class EngineLayer(Record):
+    """One layer that the compiler made, often of several layers of the graph."""
+
+    name: str
+    kind: str  # in the compiler's words
+    role: Literal["compute", "reformat", "quantize"]  # quantize: a Q or DQ that was not fused into its neighbour
+    precision: LayerPrecision  # that it computes in
+    reads: str  # data types of its inputs
+    writes: str
+    tactic: str
+    layers: tuple[str, ...]  # of the graph, whose products are formed here
+    macs: int  # theirs, for one image
+
+
+class PrecisionAudit(Record):
+    """Which precision each layer of the compiled engine really runs in."""
+
+    layers: tuple[EngineLayer, ...]
+    macs: dict[LayerPrecision, int]  # for one image; all layers of the graph
+    unplaced: tuple[str, ...]  # layers of the graph that no layer of the engine names, or that several contradict
+
+    def percent(self, precision: LayerPrecision) -> float | None:
+        """Share of the multiply-accumulates; None where there are none."""
+        total = sum(self.macs.values())
+        return 100 * self.macs.get(precision, 0) / total if total else None
 
 
 class Tensor(Record):
@@ -258,13 +289,17 @@ class EngineRecord(Record):
     hardware: str
     inputs: tuple[Tensor, ...] = ()
     outputs: tuple[Tensor, ...] = ()
+    plan: PlanKey | None = None  # of TensorRT's engine, which runs on machines like this alone
+    device_memory_bytes: int | None = None  # activations and scratch of one context, where the runtime tells
+    audit: PrecisionAudit | None = None  # where the runtime tells what it compiled
 
 
 class Latency(Record):
-    """Float and INT8 in turns, one batch size."""
+    """Float and INT8 in turns, one batch size. Where float was built in two types, the faster one is the baseline."""
 
     batch_size: int
     rounds: int
+    baseline: Literal["float32", "float16"]  # what `float` means here
     float_ms: dict[str, float]  # median, p95, p99
     int8_ms: dict[str, float]
     float_images_per_second: float
@@ -274,7 +309,7 @@ class Latency(Record):
 
 
 class Memory(Record):
-    """Peak resident memory of a fresh process that loads one model and runs it."""
+    """Peak resident memory of a fresh process that loads one model and runs it; on a GPU, what it holds there."""
 
     float_mib: float
     int8_mib: float
@@ -314,11 +349,80 @@ class ChampionScore(Record):
     bytes: int
 
 
+class Spread(Record):
+    """What many measurements came to. A percentile is trtexec's: one of the values, none in between."""
+
+    mean: float
+    median: float
+    p90: float
+    p95: float
+    p99: float
+    min: float
+    max: float
+    variation: float  # standard deviation over mean, in percent
+
+
+class GpuTiming(Record):
+    """One engine, one batch size, one way to run it. Spreads are in milliseconds."""
+
+    precision: Precision
+    batch_size: int
+    transfers: bool  # input and output cross the bus
+    graph: bool  # launched as one CUDA graph
+    num_iterations: int
+    latency: Spread  # all that follows but enqueue, of one inference
+    h2d: Spread
+    compute: Spread
+    d2h: Spread
+    enqueue: Spread  # the host's time to launch it
+    images_per_second: float  # by the host's clock, one inference after the other
+    notes: tuple[str, ...]
+
+
+class GpuEnergy(Record):
+    """One engine alone on the GPU, one inference after the other. Energy is of the whole board, idle power included."""
+
+    precision: Precision
+    batch_size: int
+    num_inferences: int
+    seconds: float
+    joules_per_image: float
+    watts: float
+    source: Literal["energy counter", "power samples"]
+
+
+class GpuState(Record):
+    """The GPU at one moment; None is what the driver does not tell."""
+
+    name: str
+    driver: str
+    sm_clock_mhz: int | None
+    memory_clock_mhz: int | None
+    temperature_c: int | None
+    power_w: float | None
+    memory_used_mib: float | None
+    persistence: bool | None
+    slowdowns: tuple[str, ...] | None  # why the clocks are lower than they could be
+    processes: tuple[int, ...] | None  # that compute on it, this one included
+
+
+class GpuSpeed(Record):
+    """Engines in turns on a GPU, with all that the numbers depend on."""
+
+    timings: tuple[GpuTiming, ...]
+    energies: tuple[GpuEnergy, ...]
+    memory_mib: dict[Precision, float]  # device memory that an open engine takes; empty where it was not asked for
+    before: GpuState | None
+    after: GpuState | None
+    notes: tuple[str, ...]
+
+
 class EngineSpeed(Record):
     """The engine on the clock, beside the float model in the same runtime."""
 
     latencies: tuple[Latency, ...]
     memory: Memory
+    gpu: GpuSpeed | None = None
 
 
 class Built(Record):

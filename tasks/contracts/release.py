@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from tasks.contracts.records import ArtifactRef, Decision, EngineRecord, Record, Tensor
+from tasks.contracts.records import ArtifactRef, Decision, EngineRecord, PlanKey, Record, Tensor
 from tasks.contracts.spec import PreprocessSpec
 
 
@@ -115,3 +115,4 @@ class ModelFile(Record):
     options: dict[str, str]  # of the runtime, as measured
     hardware: str
     serving: Serving
+    plan: PlanKey | None = None  # what a TensorRT plan is checked against before it is loaded

@@ -29,6 +29,9 @@ class Settings(BaseSettings):
         {}, description="Deployments that build and measure engines elsewhere, as JSON by runtime; here if not named."
     )
     train_on: str | None = Field(None, description="Deployment that trains (QAT) elsewhere, such as train/gpu.")
+    torchrun: str = Field(
+        "", description="Options of torchrun, to train by several processes: --standalone --nproc-per-node=2."
+    )
     worker_minutes: float = Field(240.0, gt=0, description="Longest wait for such a deployment, its queue included.")
     gpu: int | None = Field(None, ge=0, description="Index of the GPU to use; any that is free if not given.")
     gpu_wait_minutes: float = Field(60.0, ge=0, description="Longest wait for a GPU that another run has.")

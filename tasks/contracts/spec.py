@@ -300,6 +300,9 @@ class GatesSpec(Section):
     min_speedup: float | None = Field(1.0, gt=0, description="Float latency over INT8 latency, medians.")
     max_latency_ms: float | None = Field(None, gt=0, description="Median of one inference, in milliseconds.")
     max_memory_mib: float | None = Field(None, gt=0, description="Peak memory of a process that runs the engine.")
+    min_int8_macs: float | None = Field(
+        None, ge=0, le=100, description="Multiply-accumulates that the compiled engine runs in INT8, in percent."
+    )
 
 
 class RunSpec(Section):

@@ -6,11 +6,9 @@ CUDA runtime of its own that would have to fit the driver.
 
 from __future__ import annotations
 
-import atexit
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +37,47 @@ def cuda_errors(doing: str) -> Iterator[None]:
         raise EngineError(f"CUDA failed while {doing}: {error}.", remedy=remedy_for(str(error))) from error
 
 
-@cache
-def _primary_context(index: int) -> Any:
-    """The device's primary context, retained once for this process.
+class Gpu:
+    """A device's primary context, held from here to `release`.
 
-    PyTorch and TensorRT work in it too, so pointers and streams are good in all three. It is kept until the process
-    ends, as TensorRT keeps it as well; PyCUDA 2026.1 would also leave it on the thread's stack when it lets it go.
+    PyTorch and TensorRT work in the same one, so pointers and streams are good in all three. Threads may share it.
     """
-    return _device(index).retain_primary_context()
+
+    def __init__(self, index: int) -> None:
+        device = _device(index)
+        with cuda_errors(f"taking GPU {index}"):
+            self._context = device.retain_primary_context()
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """What this thread works on inside `with`; what was current before is so again afterwards."""
+        self._context.push()
+        try:
+            yield
+        finally:
+            cuda.Context.pop()
+
+    def release(self) -> None:
+        """Give the context back; CUDA ends it when nobody holds it any more.
+
+        PyCUDA 2026.1 lets a primary context go only while it is current, and then leaves it on CUDA's stack, so that
+        is popped by hand. After a fault of CUDA there is nothing to give back.
+        """
+        with suppress(cuda.Error):
+            self._context.push()
+            driver.cuCtxPopCurrent()
+            self._context.detach()
 
 
-atexit.register(_primary_context.cache_clear)
+@contextmanager
+def on_gpu(index: int) -> Iterator[None]:
+    """The GPU that this thread works on inside `with`."""
+    gpu = Gpu(index)
+    try:
+        with gpu.current():
+            yield
+    finally:
+        gpu.release()
 
 
 def _device(index: int) -> Any:
@@ -59,18 +87,6 @@ def _device(index: int) -> Any:
         if index >= count:
             raise EngineError(f"There is no GPU {index}; CUDA sees {count}.", remedy="Set REQUANT_GPU to one of them.")
         return cuda.Device(index)
-
-
-@contextmanager
-def current(index: int) -> Iterator[None]:
-    """The GPU that this thread works on inside `with`; what was current before is current again afterwards."""
-    with cuda_errors(f"taking GPU {index}"):
-        context = _primary_context(index)
-        context.push()
-    try:
-        yield
-    finally:
-        cuda.Context.pop()
 
 
 def gpu_facts(index: int) -> dict[str, str]:
@@ -166,7 +182,9 @@ class Lane:
         try:
             enqueue()
         except BaseException:
-            driver.cuStreamEndCapture(self.handle)  # or the stream could not be used again
+            _, graph = driver.cuStreamEndCapture(self.handle)  # or the stream could not be used again
+            if graph:
+                driver.cuGraphDestroy(graph)
             raise
         graph = _done("capturing", driver.cuStreamEndCapture(self.handle))
         try:
@@ -179,16 +197,15 @@ class Lane:
         _done("launching a graph", driver.cuGraphLaunch(self._graph, self.handle))
 
     def forget_graph(self) -> None:
-        if self._graph is not None:
-            self.synchronize()
-            driver.cuGraphExecDestroy(self._graph)
-            self._graph = None
+        graph, self._graph = self._graph, None
+        if graph is not None:
+            try:
+                self.synchronize()
+            finally:
+                driver.cuGraphExecDestroy(graph)
 
     def close(self) -> None:
         """Give everything back, the stream last. After a fault of CUDA it cannot be: PyCUDA prints that and goes on."""
-        if self._graph is not None:
-            driver.cuGraphExecDestroy(self._graph)
-            self._graph = None
         for name in list(self._there):
             self._there.pop(name).free()
         for name in list(self._here):

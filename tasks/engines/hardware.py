@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
+from typing import Any
 
 INT8_DOT = ("avx512_vnni", "avx_vnni", "asimddp")  # multiply 8-bit values and add them up in 32 bits at once
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
@@ -24,6 +25,14 @@ def gpu_hardware(index: int) -> str:
 
     major, minor = torch.cuda.get_device_capability(index)
     return f"{torch.cuda.get_device_name(index)} (compute capability {major}.{minor})"
+
+
+def gpu_bus_id(index: int) -> str:
+    """PCI bus id of a GPU, by which NVIDIA's tools know it whatever order CUDA has them in."""
+    import torch
+
+    found: Any = torch.cuda.get_device_properties(index)  # torch's types leave these three out
+    return f"{found.pci_domain_id:08x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
 
 
 def has_vnni() -> bool:

@@ -20,6 +20,7 @@ CPU_CONFIG = {
     "session.x64quantprecision": "1",
 }
 GPU_CONFIG = {"session.disable_cpu_ep_fallback": "1"}  # a node that the provider does not take is an error
+GPU_LEFT_OUT = ["WeightBiasQuantization"]  # makes INT32 of biases: too coarse beside FP16, and not for TensorRT
 ERRORS_ONLY = 3  # of the severities 0 to 4
 DTYPES = {
     "tensor(float)": np.float32,
@@ -95,7 +96,10 @@ class OnnxRuntimeEngine(Engine):
             options.add_session_config_entry(key, value)
         with engine_errors(f"opening {self._path.name}", remedy="Check that the file is a whole ONNX model."):
             self._session = ort.InferenceSession(
-                self._path, options, providers=[(self._provider, self._provider_options)]
+                self._path,
+                options,
+                providers=[(self._provider, self._provider_options)],
+                disabled_optimizers=None if self._provider == CPU else GPU_LEFT_OUT,
             )
         if self._session.get_providers()[0] != self._provider:  # ONNX Runtime replaces one that fails quietly
             raise EngineError(

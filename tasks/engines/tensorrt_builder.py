@@ -17,9 +17,9 @@ from tasks.contracts.errors import EngineError
 from tasks.contracts.records import PlanKey
 from tasks.contracts.spec import TensorRtSpec
 from tasks.engines.child import Progress
-from tasks.engines.cuda import check_free_memory, cuda_errors, current
+from tasks.engines.cuda import check_free_memory, cuda_errors, on_gpu
 from tasks.engines.faults import remedy_for
-from tasks.engines.tensorrt_api import LOG, failed, make_builder, make_runtime, sizes, this_machine
+from tasks.engines.tensorrt_api import LOG, failed, make_builder, make_runtime, sizes, tensorrt_errors, this_machine
 from tasks.engines.tensorrt_build import BuiltPlan, Request
 
 if TYPE_CHECKING:
@@ -41,10 +41,11 @@ def build(request: Request, folder: Path, progress: Progress) -> BuiltPlan:
         EngineError: with TensorRT's own reason.
     """
     started, mark = time.monotonic(), LOG.mark()
-    with current(request.gpu), cuda_errors(f"building {request.onnx.name}"):
+    task = f"building {request.onnx.name}"
+    with on_gpu(request.gpu), cuda_errors(task), tensorrt_errors(task):
         check_free_memory(request.gpu, request.free_mib)
         plan, profile = compile_plan(request, folder, progress)
-        device_memory = inspect(plan, request, folder)
+        device_memory = inspect(plan, profile, request, folder)
     (folder / "model.plan").write_bytes(plan)
     return BuiltPlan(
         plan=folder / "model.plan",
@@ -128,11 +129,8 @@ def add_profile(
     if not any(-1 in sizes(tensor.shape) for tensor in inputs):
         return shapes
     profile, mark = builder.create_optimization_profile(), LOG.mark()
-    try:
-        for tensor_name, (low, tuned, high) in shapes.items():
-            profile.set_shape(tensor_name, trt.Dims(low), trt.Dims(tuned), trt.Dims(high))
-    except (RuntimeError, ValueError) as error:
-        raise EngineError(f"TensorRT refuses batches of {list(spec.batch)} for {name}: {error}.") from error
+    for tensor_name, (low, tuned, high) in shapes.items():
+        profile.set_shape(tensor_name, trt.Dims(low), trt.Dims(tuned), trt.Dims(high))
     if not profile or config.add_optimization_profile(profile) < 0:
         raise failed(f"taking batches of {list(spec.batch)} for {name}", mark, "Mend target.tensorrt.batch.")
     return shapes
@@ -154,7 +152,7 @@ def use_timing_cache(config: trt.IBuilderConfig, earlier: bytes) -> None:
         config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
 
 
-def inspect(plan: bytes, request: Request, folder: Path) -> int:
+def inspect(plan: bytes, profile: dict[str, Shapes], request: Request, folder: Path) -> int:
     """Load the plan once, to prove that it can be; keep what the inspector says; give its device memory in bytes."""
     mark = LOG.mark()
     runtime = make_runtime()
@@ -162,7 +160,12 @@ def inspect(plan: bytes, request: Request, folder: Path) -> int:
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise failed(f"loading the plan of {request.onnx.name} that it has just built", mark)
-    layers = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    context = engine.create_execution_context()
+    if context is None or not all(context.set_input_shape(name, tuned) for name, (_, tuned, _) in profile.items()):
+        raise failed(f"setting the shapes of {request.onnx.name} that it is tuned for", mark)
+    inspector = engine.create_engine_inspector()
+    inspector.execution_context = context  # without shapes it tells no data types
+    layers = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
     (folder / "layers.json").write_text(layers, encoding="utf-8")
     return int(engine.device_memory_size_v2)
 

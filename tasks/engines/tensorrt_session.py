@@ -17,8 +17,8 @@ import tensorrt as trt
 
 from tasks.contracts.errors import EngineError
 from tasks.engines.base import TensorInfo, Timing
-from tasks.engines.cuda import Lane, cuda_errors, current, free_mib
-from tasks.engines.tensorrt_api import LOG, failed, make_runtime, sizes
+from tasks.engines.cuda import Gpu, Lane, cuda_errors, free_mib
+from tasks.engines.tensorrt_api import LOG, failed, make_runtime, sizes, tensorrt_errors
 
 DTYPES = {  # of inputs and outputs
     trt.DataType.FLOAT: np.float32,
@@ -41,17 +41,17 @@ class Session:
     """
 
     def __init__(self, plan: bytes, name: str, *, gpu: int, host_code: bool) -> None:
-        self._name, self._gpu, self._lock = name, gpu, Lock()
-        with self._at_work("loading"):
-            try:
+        self._name, self._gpu, self._lock = name, Gpu(gpu), Lock()
+        try:
+            with self._at_work("loading"):
                 self._lane = Lane()
                 self._load(plan, host_code=host_code)
                 self.inputs = self._tensors(trt.TensorIOMode.INPUT)
                 self.outputs = self._tensors(trt.TensorIOMode.OUTPUT)
                 self._allocate()
-            except BaseException:
-                self._free()
-                raise
+        except BaseException:
+            self.close()
+            raise
 
     def run(self, feed: Mapping[str, np.ndarray], *, graph: bool) -> dict[str, np.ndarray]:
         """All outputs by name, in memory of their own."""
@@ -104,23 +104,25 @@ class Session:
             )
 
     def close(self) -> None:
+        """Graph, context, engine, runtime, then buffers and stream, at last the GPU: each before what it needs."""
         with self._at_work("closing"):
-            with suppress(EngineError), cuda_errors("closing"):  # after a fault there is nothing to wait for
-                self._lane.synchronize()
-            self._free()
+            lane: Lane | None = vars(self).pop("_lane", None)
+            if lane:
+                with suppress(EngineError), cuda_errors("closing"):  # after a fault there is nothing to wait for
+                    lane.forget_graph()
+                    lane.synchronize()
+            for part in ("_context", "_engine", "_runtime"):  # whatever of them there is
+                vars(self).pop(part, None)
+            if lane:
+                lane.close()
+        self._gpu.release()
 
     @contextmanager
     def _at_work(self, doing: str) -> Iterator[None]:
-        """The GPU is this thread's alone, and what CUDA refuses is an EngineError."""
-        with self._lock, current(self._gpu), cuda_errors(f"{doing} {self._name}"):
+        """The GPU is this thread's alone, and what CUDA and TensorRT refuse is an EngineError."""
+        task = f"{doing} {self._name}"
+        with self._lock, self._gpu.current(), cuda_errors(task), tensorrt_errors(task):
             yield
-
-    def _free(self) -> None:
-        """Context, engine, runtime, then graph, buffers and stream: each before what it needs."""
-        for part in ("_context", "_engine", "_runtime"):
-            vars(self).pop(part, None)
-        if lane := vars(self).pop("_lane", None):
-            lane.close()
 
     def _load(self, plan: bytes, *, host_code: bool) -> None:
         mark = LOG.mark()

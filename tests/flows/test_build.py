@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -134,3 +135,29 @@ def test_an_answer_that_cannot_be_stored_is_not_an_answer(tmp_path: Path, monkey
     monkeypatch.setenv("REQUANT_STORE", str(tmp_path / "file"))
     with pytest.raises(StoreError):
         send_to_worker.answer("models/m/runs/r/build.json", lambda: None)  # type: ignore[arg-type,return-value]
+
+
+def test_two_processes_train_what_one_does(
+    place: Place, plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By torchrun on this machine, from the same spec: the same losses up to the order of float sums."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(place.path), *sys.path]))
+    monkeypatch.setenv("REQUANT_TORCHRUN", "--standalone --nproc-per-node=2")
+    together = place.run(plain, quant={"method": "qat"}).report.quantized
+    monkeypatch.delenv("REQUANT_TORCHRUN")
+    shutil.rmtree(place.store)
+    alone = place.run(plain, quant={"method": "qat"}).report.quantized
+    assert [epoch.selection_loss for epoch in together.epochs] == pytest.approx(
+        [epoch.selection_loss for epoch in alone.epochs], rel=1e-3
+    )
+    assert together.state != alone.state  # they are not the same bits: both did train
+
+
+def test_options_that_torchrun_does_not_take_are_refused(
+    place: Place, plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By name, before anything is trained."""
+    monkeypatch.setenv("REQUANT_TORCHRUN", "--sideways")
+    error = place.run(plain, quant={"method": "qat"}).error
+    assert "torchrun" in str(error)
+    assert "REQUANT_TORCHRUN" in str(error)
