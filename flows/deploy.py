@@ -284,6 +284,10 @@ def _write(
         made = client.request("POST", "/deployments/", json={**body, "flow_id": str(flow_id)})
         return UUID(made.json()["id"])
     del body["name"]
+    slugs = {schedule["slug"] for schedule in one.schedules}
+    for schedule in found["schedules"]:
+        if schedule["slug"] not in slugs:  # an update leaves them
+            client.delete_deployment_schedule(UUID(found["id"]), UUID(schedule["id"]))
     client.request("PATCH", "/deployments/{id}", path_params={"id": found["id"]}, json=body)
     return UUID(found["id"])
 

@@ -30,7 +30,6 @@ import bench_training
 import numpy as np
 import onnx
 import torch
-from tasks.graph.half import half_from, largest_values
 
 from tasks.contracts.errors import RequantError
 from tasks.contracts.records import GpuSpeed, Precision
@@ -42,6 +41,7 @@ from tasks.engines.tensorrt import TensorRtEngine, this_machine
 from tasks.engines.tensorrt_build import BuiltPlan, build_plan
 from tasks.graph.count import compression
 from tasks.graph.export import INPUT
+from tasks.graph.half import half_from, largest_values
 from tasks.quant.schemes import SCHEMES
 from tasks.report.content import RunReport
 from tasks.scoring.gpu_latency import measure_gpu_speed

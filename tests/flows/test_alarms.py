@@ -21,7 +21,7 @@ def test_a_failed_gate_is_heard_with_its_numbers(fleet: Production, plain: dict[
     strict = {**plain, "gates": {**plain["gates"], "min_compression": 100}}
     run = fleet.ended(fleet.start("requantize/by-hand-plain", {"spec": strict}))
     assert run["state_type"] == "FAILED"
-    assert "1 of 6 gates failed: compression" in run["state"]["message"]
+    assert "1 of 5 gates failed: compression" in run["state"]["message"]
     assert "at least 100 x" in run["state"]["message"]
     heard = fleet.alarm(alarm="failed", about=run["name"])
     assert heard["message"] == run["state"]["message"]
