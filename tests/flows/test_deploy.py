@@ -96,6 +96,7 @@ def test_what_an_operator_has_paused_stays_paused(fleet: Production, plain: dict
     assert (schedule["schedule"]["cron"], schedule["active"]) == ("0 4 * * *", False)
     assert not fleet.all("automations")["requant: run on-retrain-plain"]["enabled"]
     fleet.ask("PATCH", f"/automations/{trigger['id']}", {"enabled": True})
+    fleet.deploy(plain)
 
 
 @pytest.mark.parametrize(
