@@ -10,6 +10,7 @@ from prefect import flow, get_run_logger, runtime
 from flows.build import build_and_score, quantize
 from tasks.check_data import check_data
 from tasks.check_parity import check_parity
+from tasks.check_runtime import check_runtime
 from tasks.choose_calibration import choose_calibration
 from tasks.compare_draws import compare_draws
 from tasks.contracts.announcement import read_announcement
@@ -45,6 +46,7 @@ def requantize(spec: RunSpec, trigger: Trigger = "by hand", cause: str | None = 
     """
     if cause is not None:
         get_run_logger().info("started by: %s", cause)
+    check_runtime(spec)  # what cannot be built should not be trained
     check = check_data(spec)  # what cannot be trusted ends the run here
     data = prepare_data(spec)
     model = load_model(spec, data)

@@ -81,12 +81,7 @@ class OnnxRuntimeEngine(Engine):
     def _open(self) -> None:
         if not self._path.is_file():
             raise EngineError(f"{self._path} is not a file.", remedy="Name an ONNX file that exists.")
-        available = ort.get_available_providers()
-        if self._provider not in available:
-            raise EngineError(
-                f"ONNX Runtime {self.version()} has no {self._provider}, only {', '.join(available)}.",
-                remedy="On a machine with a GPU install onnxruntime-gpu in place of onnxruntime.",
-            )
+        require(self._provider)
         options = ort.SessionOptions()
         options.log_severity_level = ERRORS_ONLY
         options.intra_op_num_threads = self._threads
@@ -116,6 +111,20 @@ class OnnxRuntimeEngine(Engine):
         with engine_errors(f"running {self._path.name}"):
             answers = self._session.run(None, dict(feed))
         return {info.name: answer for info, answer in zip(self.outputs, answers, strict=True)}
+
+
+def require(provider: str) -> None:
+    """Refuse a provider that this ONNX Runtime does not have, which it would replace by the CPU with a warning.
+
+    Raises:
+        EngineError: naming those that it has.
+    """
+    available = ort.get_available_providers()
+    if provider not in available:
+        raise EngineError(
+            f"ONNX Runtime {ort.__version__} has no {provider}, only {', '.join(available)}.",
+            remedy="On a machine with a GPU install onnxruntime-gpu in place of onnxruntime.",
+        )
 
 
 @contextmanager
