@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from docker.types import DeviceRequest
+from docker.types import DeviceRequest  # type: ignore[import-untyped]
 
 from tasks.contracts.errors import SpecError
 from tests.flows.production import BLOCK, wait_for
