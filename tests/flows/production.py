@@ -127,7 +127,7 @@ class Production:
         return wait_for(arrived, f"the alarm {said}; heard: {self.heard}")
 
 
-def wait_for(happened: Callable[[], T | None], what: str, seconds: float = 120) -> T:
+def wait_for(happened: Callable[[], T | None], what: str, seconds: float = 300) -> T:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
