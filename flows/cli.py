@@ -270,8 +270,14 @@ def _value(text: str, value: str) -> Any:
 def _run(spec: RunSpec) -> None:
     with _prefect():
         from flows.requantize import requantize
+        from tasks.find_changes import is_unchanged
         from tasks.report.content import headline
         from tasks.step import run_prefix
+
+        if not is_unchanged(spec):
+            import tasks.check_data
+            import tasks.check_parity
+            import tasks.publish_report  # noqa: F401 - with PyTorch and all that the steps take seconds to load
 
     report = requantize(spec)
     store, console = Settings().store, Console(soft_wrap=True)

@@ -23,6 +23,7 @@ class Settings(BaseSettings):
         50.0, gt=0, description="Most room in scratch for data and weights from S3; what was used last stays."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where PyTorch runs; auto takes CUDA if it can.")
+    redo: bool = Field(False, description="Compute every step again, whatever the store holds of it.")
     signing_key: Path | None = Field(None, description="PEM file of the private key that signs releases.")
     trusted_keys: Annotated[tuple[Path, ...], NoDecode] = Field(
         (), description="PEM files of public keys, joined by : as in PATH; a release signed by no other is used."

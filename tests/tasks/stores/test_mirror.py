@@ -16,7 +16,8 @@ from torch import nn
 from tasks.contracts.errors import DataError, StoreError, TransientStoreError
 from tasks.data.manifest import build_manifest
 from tasks.data.sources import FileSource, open_source
-from tasks.models.weights import load_weights, weights_digest
+from tasks.models.origin import weights_digest
+from tasks.models.weights import load_weights
 from tasks.stores.base import open_store
 from tasks.stores.mirror import local_file, local_tree
 from tasks.stores.s3 import S3Store
