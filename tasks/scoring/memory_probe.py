@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tasks.contracts.errors import EngineError, RequantError
+from tasks.contracts.lifetime import end_with_parent
 from tasks.engines.base import TensorInfo
 from tasks.engines.onnxruntime import OnnxRuntimeEngine
 
@@ -19,6 +20,7 @@ STATUS = Path("/proc/self/status")
 
 
 def main(path: str, threads: str, batch_size: str) -> int:
+    end_with_parent()
     try:
         with OnnxRuntimeEngine(Path(path), threads=int(threads)) as engine:
             engine.run({info.name: _ones(info, int(batch_size)) for info in engine.inputs})
