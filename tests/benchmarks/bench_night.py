@@ -4,7 +4,8 @@ Everything is real and on this machine: server, process workers, the flow with a
 
 night    runs in which nothing has changed. total: from their creation to their end; queue: until the worker's process
          has loaded Prefect and the flow and begins; flow: from there to the end. ours: flow, and what loading the flow
-         adds to loading Prefect, measured in turns in processes of their own.
+         adds to loading Prefect, measured in turns in processes of their own. ours, CPU: the same in seconds of CPU,
+         which other work on the machine does not stretch: such a night in a process, less one with an empty flow.
 resume   a run killed while it measures the engine, its last step, and retried: what the second attempt computed
 queue    `--models` models at once on `--workers` workers of one run each, with every step to do and again with nothing
          changed, on `--database` sqlite or postgresql (a server of its own, by Debian's package)
@@ -15,6 +16,7 @@ Status 1 if a run was lost, or the resumed one computed more than its last step.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import signal
@@ -45,6 +47,19 @@ BATCHED = {  # so that SQLite is not locked by each event on its own
     for size in ("BATCH_SIZE", "READ_BATCH_SIZE")
 } | {"PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1"}
 PREFECT_ALONE = "import prefect.flow_engine"
+EMPTY = """
+import prefect.flow_engine
+from prefect import flow
+@flow
+def empty() -> None: ...
+empty()
+"""
+NIGHT = """
+import prefect.flow_engine, json, sys
+from flows.requantize import requantize
+from tasks.contracts.spec import spec_from
+assert requantize(spec_from(json.loads(sys.argv[1]), origin="bench"), return_state=True).name == "Unchanged"
+"""
 WITH_FLOW = "import prefect.flow_engine, flows.requantize"
 
 
@@ -102,7 +117,7 @@ def ended(place: Installation, runs: list[str], limit_s: float) -> list[dict[str
 def night(place: Installation, world: World, repeats: int) -> bool:
     (first,) = ended(place, [world.run(place, spec_of(0))], 900)
     print(f"a run with everything to do: {seconds(first, 'created', 'end_time'):.1f} s, {first['state_name']}")
-    totals, queues, flows, loads = [], [], [], []
+    totals, queues, flows, loads, cpu = [], [], [], [], []
     for _ in range(repeats):
         (run,) = ended(place, [world.run(place, spec_of(0))], 300)
         if run["state_name"] != "Unchanged":
@@ -112,9 +127,12 @@ def night(place: Installation, world: World, repeats: int) -> bool:
         queues.append(seconds(run, "created", "start_time"))
         flows.append(seconds(run, "start_time", "end_time"))
         loads.append(-_loading(PREFECT_ALONE) + _loading(WITH_FLOW))
+        program = [sys.executable, "-c", NIGHT, json.dumps(spec_of(0))]
+        cpu.append(_cpu_s(program, place, world) - _cpu_s([sys.executable, "-c", EMPTY], place, world))
     ours = [flow + load for flow, load in zip(flows, loads, strict=True)]
     print(f"{repeats} nights with nothing changed, s: total {spread(totals)}, queue {spread(queues)}, "
-          f"flow {spread(flows)}, loading the flow {spread(loads)}, ours {spread(ours)}")  # fmt: skip
+          f"flow {spread(flows)}, loading the flow {spread(loads)}, ours {spread(ours)}, "
+        f"ours, CPU {spread(cpu)}")  # fmt: skip
     return True
 
 
@@ -122,6 +140,17 @@ def _loading(program: str) -> float:
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
     return time.perf_counter() - start
+
+
+def _cpu_s(command: list[str], place: Installation, world: World) -> float:
+    """Seconds of CPU that a process takes."""
+    environment = {**place.environment, **world.environment}
+    process = subprocess.Popen(command, cwd=world.folder, env=environment, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{command[2]} ended with {process.returncode}")
+    return usage.ru_utime + usage.ru_stime
 
 
 def resume(place: Installation, world: World) -> bool:
