@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from uuid import UUID
 
 import typer
 import yaml
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tasks.contracts.errors import DataRejected, GateRejected, RequantError, SpecError
+from tasks.contracts.fleet import WorkerType
 from tasks.contracts.settings import Settings
 from tasks.contracts.spec import RunSpec, read_spec, spec_from
 
@@ -132,6 +134,34 @@ def doctor() -> None:
     for what, found, so in findings():
         line = Text.assemble((f"{what:<20}", "bold"), found, (f"  {so}" if so else "", "dim"))
         console.print(line, soft_wrap=True)  # a table would cut paths to the width of the screen
+
+
+@app.command()
+def deploy(
+    fleet: Annotated[Path, typer.Argument(help="A YAML file: models, nights, alarms.")] = Path("fleet.yaml"),
+    workers: Annotated[WorkerType | None, typer.Option("--type", help="Of workers, over what the file says.")] = None,
+) -> None:
+    """Make the Prefect server at PREFECT_API_URL agree with a fleet file: pools, deployments, limits, alarms."""
+    _check_settings()
+    from flows.deploy import deploy
+
+    _print(deploy(fleet, workers))
+
+
+@app.command()
+def announce(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Its name, as in its spec.")],
+    weights: Annotated[str, typer.Option(help="Where the new weights are; workers must reach them.")],
+    data: Annotated[str | None, typer.Option(help="A new source of images.")] = None,
+    id: Annotated[  # noqa: A002
+        UUID | None, typer.Option(help="Of the event; by default from name, data and the content of the weights.")
+    ] = None,
+) -> None:
+    """Tell the server that a model was retrained. The same again starts no second run."""
+    _check_settings()
+    from flows.announce import announce
+
+    _print(announce(model, weights, data, id))
 
 
 Model = Annotated[str, typer.Argument(metavar="NAME", help="Name of the model, as in its spec.")]
@@ -269,9 +299,12 @@ def _value(text: str, value: str) -> Any:
 
 def _run(spec: RunSpec) -> None:
     with _prefect():
+        from prefect import tags
+
         from flows.requantize import requantize
         from tasks.find_changes import is_unchanged
         from tasks.report.content import headline
+        from tasks.report.gpu import gpu_lines
         from tasks.step import run_prefix
 
         if not is_unchanged(spec):
@@ -279,9 +312,12 @@ def _run(spec: RunSpec) -> None:
             import tasks.check_parity
             import tasks.publish_report  # noqa: F401 - with PyTorch and all that the steps take seconds to load
 
-    report = requantize(spec)
+    with tags("requant", f"model:{spec.name}", f"runtime:{spec.target.runtime}"):  # to filter by, on a server
+        report = requantize(spec)
     store, console = Settings().store, Console(soft_wrap=True)
     console.print(headline(report.decision), style="bold green")
+    for line in gpu_lines(report.gpu) if report.gpu else ():
+        console.print(line, markup=False, highlight=False)
     console.print(f"engine: {store}/{report.engine.engine.key}", markup=False, highlight=False)
     console.print(f"report: {store}/{run_prefix(spec.name, report.run_id)}/report.html", markup=False, highlight=False)
 

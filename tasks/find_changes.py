@@ -29,7 +29,7 @@ from tasks.models.origin import architecture_digest, weights_state
 from tasks.report.content import RunReport
 from tasks.step import GPU_RUNTIMES, LIBRARIES, artifact_key, disk_errors, run_prefix, step, the_store
 from tasks.stores.base import Store
-from tasks.stores.registry import champion, read_release
+from tasks.stores.registry import champion, read_release, settled_key
 from tasks.stores.signing import keys_from
 from tasks.stores.steps import JSON, code_digest, installed_versions, refs_in
 
@@ -129,8 +129,8 @@ def _changes(spec: RunSpec, store: Store) -> Changes:
         return Changes(f"changed {since}: {', '.join(changed)}", inputs, last)
     if Settings().redo:
         return Changes(f"nothing changed {since}, but REQUANT_REDO asks for all steps again", inputs, last)
-    if spec.target.needs_gpu and not NVIDIA.exists():
-        return Changes(f"nothing changed {since} here; the GPU is elsewhere, so its steps are asked", inputs, last)
+    if _is_partly_elsewhere(spec):
+        return Changes(f"nothing changed {since} here; other machines are asked by their steps", inputs, last)
     report, missing = _report(store, spec.name, last)
     if report is None:
         return Changes(f"nothing changed {since}, but {missing}", inputs, last)
@@ -160,18 +160,14 @@ def _report(store: Store, name: str, last: Settled) -> tuple[RunReport | None, s
 
 
 def _note(store: Store, name: str, note: Settled) -> None:
-    store.write_text(_key(name), note.model_dump_json(indent=1))
+    store.write_text(settled_key(name), note.model_dump_json(indent=1))
 
 
 def _last(store: Store, name: str) -> Settled | None:
     try:
-        return Settled.model_validate_json(store.read_text(_key(name)) or "")
+        return Settled.model_validate_json(store.read_text(settled_key(name)) or "")
     except ValidationError:
         return None  # none yet, or written by other code
-
-
-def _key(name: str) -> str:
-    return f"models/{name}/settled"
 
 
 def _machine() -> Iterator[JSON]:
@@ -182,6 +178,13 @@ def _machine() -> Iterator[JSON]:
     for path in sorted([NVIDIA / "version", *NVIDIA.glob("gpus/*/information")]):
         if path.exists():
             yield path.read_text(encoding="utf-8")
+
+
+def _is_partly_elsewhere(spec: RunSpec) -> bool:
+    """Whether another machine, whose libraries and hardware are not known here, does some of the steps."""
+    settings = Settings()
+    trains_elsewhere = settings.train_on is not None and spec.quant.method == "qat"
+    return spec.target.runtime in settings.build_on or trains_elsewhere
 
 
 def _digest(value: Any) -> str:

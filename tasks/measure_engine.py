@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tasks.build_engine import open_engine
+from tasks.build_engine import open_engine, open_model
 from tasks.contracts.records import DataRecord, EngineRecord, EngineSpeed, ExportRecord
 from tasks.contracts.spec import RunSpec
 from tasks.graph.export import INPUT
@@ -25,8 +25,8 @@ def measure_engine(spec: RunSpec, data: DataRecord, exported: ExportRecord, engi
         feeds = {size: {INPUT: next(iter(gate.batches(size)))[0]} for size in evaluation.latency_batch_sizes}
         feeds = {size: feed for size, feed in feeds.items() if len(feed[INPUT]) == size}
         with (
-            open_engine(exported.float_onnx, spec.target, work) as float_engine,
-            open_engine(engine.engine, spec.target, work) as int8_engine,
+            open_model(exported.float_onnx, spec.target, work) as float_engine,
+            open_engine(engine, spec.target, work) as int8_engine,
         ):
             latencies = measure_latency(
                 float_engine.run,

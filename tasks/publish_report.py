@@ -10,27 +10,25 @@ from prefect.artifacts import create_image_artifact, create_markdown_artifact, c
 
 from tasks.contracts.records import (
     Accuracy,
-    ChampionScore,
+    Built,
     Choice,
     DataCheck,
     DataRecord,
     Decision,
     Draws,
-    EngineRecord,
-    EngineScore,
-    EngineSpeed,
     ExportRecord,
     ModelRecord,
     Parity,
     QuantizedRecord,
 )
 from tasks.contracts.spec import RunSpec
-from tasks.engines.hardware import int8_notes
+from tasks.engines.hardware import hardware, int8_notes
 from tasks.graph.parity import steps_apart
-from tasks.report.content import RunReport
+from tasks.report.content import RunReport, Trigger
 from tasks.report.html import as_html
 from tasks.report.markdown import as_markdown, gate_rows
 from tasks.report.plots import image_of, summary_figure
+from tasks.scoring.latency import slower_notes
 from tasks.step import LIBRARIES, artifact_key, disk_errors, run_id, run_prefix, step, the_store
 from tasks.stores.base import Store
 from tasks.stores.steps import library_versions
@@ -47,12 +45,11 @@ def publish_report(
     draws: Draws | None,
     quantized: QuantizedRecord,
     exported: ExportRecord,
-    engine: EngineRecord,
-    score: EngineScore,
-    champion: ChampionScore | None,
+    built: Built,
     parity: Parity,
-    speed: EngineSpeed,
     decision: Decision,
+    trigger: Trigger,
+    cause: str | None,
 ) -> RunReport:
     """Everything about the run, stored under a name of its own and shown as artifacts."""
     started = runtime.flow_run.scheduled_start_time or datetime.now(UTC)
@@ -67,19 +64,22 @@ def publish_report(
         float_accuracy=baseline,
         choice=choice,
         draws=draws,
-        engine_accuracy=score.accuracy,
-        comparison=score.comparison,
-        champion=champion,
-        latencies=speed.latencies,
-        memory=speed.memory,
+        engine_accuracy=built.score.accuracy,
+        comparison=built.score.comparison,
+        champion=built.champion,
+        latencies=built.speed.latencies,
+        memory=built.speed.memory,
+        gpu=built.speed.gpu,
         export=exported,
         parity=parity,
         quantized=quantized,
-        engine=engine,
+        engine=built.engine,
         decision=decision,
         versions=library_versions("requant", "prefect", *LIBRARIES),
-        hardware=engine.hardware,
-        notes=(*int8_notes(), *_parity_notes(parity), *(f"Lint: {warning}." for warning in exported.warnings)),
+        hardware=built.engine.hardware,
+        notes=_notes(built, parity, exported),
+        trigger=trigger,
+        cause=cause,
     )
     store, prefix = the_store(), run_prefix(spec.name, report.run_id)
     with disk_errors():
@@ -89,9 +89,13 @@ def publish_report(
     return report
 
 
-def _parity_notes(parity: Parity) -> tuple[str, ...]:
+def _notes(built: Built, parity: Parity, exported: ExportRecord) -> tuple[str, ...]:
+    built_here = built.engine.hardware == hardware()
     apart = [f"{layer.layer} ({layer.max_steps:.0f} steps)" for layer in steps_apart(parity.layers)]
-    return (f"The runtime differs from the simulation by more than one step in {', '.join(apart)}.",) if apart else ()
+    said = f"The runtime differs from the simulation by more than one step in {', '.join(apart)}."
+    lint = (f"Lint: {warning}." for warning in exported.warnings)
+    slower = slower_notes(built.speed.latencies)
+    return (*(int8_notes() if built_here else ()), *slower, *([said] if apart else ()), *lint)
 
 
 def _store_all(store: Store, prefix: str, report: RunReport) -> None:

@@ -48,7 +48,8 @@ def quantize_model(spec: RunSpec, data: DataRecord, model: ModelRecord, choice: 
         "device": device.type,
     }
 
-    training = Settings().scratch / "training" / step_key("quantize_model", everything(__name__, inputs))
+    key = step_key("quantize_model", everything(__name__, inputs))
+    training = Settings().scratch / "training" / key
 
     def compute(store: Store, work: Path) -> QuantizedRecord:
         images = chosen_images(spec, choice, work)
@@ -59,19 +60,23 @@ def quantize_model(spec: RunSpec, data: DataRecord, model: ModelRecord, choice: 
         simulation = prepared.simulation
         epochs: tuple[Epoch, ...] = ()
         if spec.quant.method == "qat":
-            training.mkdir(parents=True, exist_ok=True)
-            epochs = train(
-                simulation,
-                prepared.folded,
-                images.split("train"),
-                images.split("selection"),
-                spec.quant.qat,
-                seed=spec.seed,
-                device=device,
-                folder=training,
-                progress=Progress("training with INT8 simulated"),
-            )
-            simulation.graph.cpu()
+            progress = Progress("training with INT8 simulated")
+            if Settings().torchrun:
+                epochs = _trained_together(spec, data, model, choice, prepared, key, progress, store, work)
+            else:
+                training.mkdir(parents=True, exist_ok=True)
+                epochs = train(
+                    simulation,
+                    prepared.folded,
+                    images.split("train"),
+                    images.split("selection"),
+                    spec.quant.qat,
+                    seed=spec.seed,
+                    device=device,
+                    folder=training,
+                    progress=progress,
+                )
+                simulation.graph.cpu()
         fit_biases(simulation)
         state = work / "state.safetensors"
         simulation.save(state)
@@ -89,6 +94,32 @@ def quantize_model(spec: RunSpec, data: DataRecord, model: ModelRecord, choice: 
     record = remember("quantize_model", __name__, inputs, QuantizedRecord, compute)
     shutil.rmtree(training, ignore_errors=True)  # what a killed training would have gone on from
     return record
+
+
+def _trained_together(
+    spec: RunSpec,
+    data: DataRecord,
+    model: ModelRecord,
+    choice: Choice,
+    prepared: Prepared,
+    name: str,
+    progress: Progress,
+    store: Store,
+    work: Path,
+) -> tuple[Epoch, ...]:
+    from tasks.train_together import Request, launch  # here, as it imports this module
+
+    state = work / "calibrated.safetensors"
+    prepared.simulation.save(state)
+    request = Request(
+        spec=spec,
+        data=data,
+        model=model,
+        choice=choice,
+        kept_float=tuple(sorted(prepared.kept_float)),
+        calibrated=store.put(state, kind="simulations"),
+    )
+    return launch(request, prepared.simulation, name, progress, work)
 
 
 @dataclass(frozen=True)

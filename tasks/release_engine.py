@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from prefect import get_run_logger
 
-from tasks.build_engine import open_engine
 from tasks.contracts.errors import StoreError
-from tasks.contracts.records import ArtifactRef
-from tasks.contracts.release import Candidate, Provenance, Release, Scores, Serving, Tensor
+from tasks.contracts.records import ArtifactRef, EngineRecord, PlanKey
+from tasks.contracts.release import Candidate, Provenance, Release, Scores, Serving
 from tasks.contracts.settings import Settings
-from tasks.engines.base import TensorInfo
 from tasks.engines.hardware import hardware
 from tasks.report.content import RunReport
 from tasks.step import disk_errors, run_prefix, step, the_store
@@ -35,8 +31,8 @@ def release_engine(report: RunReport) -> Release:
     store, name, logger, settings = the_store(), report.spec.name, get_run_logger(), Settings()
     keys = keys_from(settings)
     with disk_errors(), workspace(settings.scratch) as work:
-        serving = _serving(report, work)
-        known = released_before(store, name, (report.engine,), serving, keys)
+        serving = _serving(report)
+        known = released_before(store, name, released_engines(report), serving, keys)
         if known is not None:
             now = champion(store, name).release
             if known.number == now:
@@ -53,19 +49,18 @@ def release_engine(report: RunReport) -> Release:
     return release
 
 
-def _serving(report: RunReport, work: Path) -> Serving:
-    """What the engine itself says it takes and gives."""
-    with open_engine(report.engine.engine, report.spec.target, work) as engine:
-        return Serving(
-            input=_tensor(engine.inputs[0]),
-            preprocess=report.data.preprocess,
-            labels=report.data.class_names,
-            output=_tensor(engine.outputs[0]),
-        )
+def released_engines(report: RunReport) -> tuple[EngineRecord, ...]:
+    """As a release knows them. The audit of hundreds of layers stays in the run's record, which it refers to."""
+    return (report.engine.model_copy(update={"audit": None}),)
 
 
-def _tensor(info: TensorInfo) -> Tensor:
-    return Tensor(name=info.name, dtype=info.dtype.name, shape=info.shape)
+def _serving(report: RunReport) -> Serving:
+    return Serving(
+        input=report.engine.inputs[0],
+        preprocess=report.data.preprocess,
+        labels=report.data.class_names,
+        output=report.engine.outputs[0],
+    )
 
 
 def _candidate(report: RunReport, serving: Serving, store: Store, work: Path) -> Candidate:
@@ -75,7 +70,7 @@ def _candidate(report: RunReport, serving: Serving, store: Store, work: Path) ->
         model=report.spec.name,
         run=report.run_id,
         decision=report.decision,
-        engines=(report.engine,),
+        engines=released_engines(report),
         serving=serving,
         scores=Scores(
             float_top1=report.float_accuracy.top1,
@@ -105,7 +100,7 @@ def _candidate(report: RunReport, serving: Serving, store: Store, work: Path) ->
             method=report.quantized.method,
             scheme=report.quantized.scheme,
             libraries=report.versions,
-            machine=_machine(),
+            machine=_machine(report.engine.plan),
         ),
     )
 
@@ -120,12 +115,14 @@ def _as_object(store: Store, key: str, work: Path) -> ArtifactRef:
     return store.put(path, kind=path.stem)
 
 
-def _machine() -> dict[str, str]:
+def _machine(plan: PlanKey | None) -> dict[str, str]:
+    """Of this process, but for the GPU that a plan was built on, perhaps by a worker."""
     facts = {"python": platform.python_version(), "system": platform.platform(), "cpu": hardware()}
+    if plan is not None:
+        gpu = plan.machine
+        return facts | {"gpu": gpu.gpu, "driver": gpu.driver, "cuda": gpu.cuda_runtime, "tensorrt": gpu.tensorrt}
     if torch.cuda.is_available():
         facts |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
     if DRIVER.exists():
         facts["driver"] = DRIVER.read_text(encoding="utf-8").splitlines()[0]
-    with suppress(PackageNotFoundError):
-        facts["tensorrt"] = version("tensorrt")
     return facts

@@ -12,8 +12,10 @@ from tasks.contracts.records import ChampionScore, DataRecord, EngineRecord, Eng
 from tasks.contracts.release import Release
 from tasks.contracts.settings import Settings
 from tasks.contracts.spec import RunSpec
+from tasks.engines.plan import differences
+from tasks.engines.tensorrt import this_machine
 from tasks.scoring.accuracy import accuracy_of, compare, load_predictions, predict, save_predictions
-from tasks.step import Progress, remember, step, the_images, the_store
+from tasks.step import Progress, remember, step, the_gpu, the_images, the_store
 from tasks.stores.base import Store
 from tasks.stores.registry import champion, read_release
 from tasks.stores.signing import keys_from
@@ -48,7 +50,7 @@ def score_champion(spec: RunSpec, data: DataRecord, engine: EngineRecord, score:
 
     def compute(store: Store, work: Path) -> ChampionScore:
         gate, progress = the_images(spec).split("gate"), Progress("scoring the champion")
-        with open_engine(rival.engine, spec.target, work) as running:
+        with open_engine(rival, spec.target, work) as running:
             batches = gate.batches(spec.evaluation.batch_size)
             predictions = predict(running.answer, batches, num_images=len(gate), progress=progress)
         path = work / "predictions.npz"
@@ -76,4 +78,9 @@ def _obstacle(release: Release, data: DataRecord, spec: RunSpec) -> str:
         return "has other labels"
     if release.serving.preprocess != data.preprocess:
         return "has other preprocessing"
-    return "has another runtime" if release.engines[0].runtime != spec.target.runtime else ""
+    rival = release.engines[0]
+    if rival.runtime != spec.target.runtime:
+        return "has another runtime"
+    if rival.plan is not None and (found := "; ".join(differences(rival.plan, this_machine(the_gpu())))):
+        return f"was built for another machine: {found}"
+    return ""

@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 from uuid import UUID
 
 from prefect import get_run_logger, runtime, task
@@ -19,9 +20,10 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
 from pydantic import BaseModel
 
-from tasks.contracts.errors import RequantError, StoreError, TransientStoreError
+from tasks.contracts.errors import EngineError, RequantError, StoreError, TransientStoreError
 from tasks.contracts.settings import Settings
 from tasks.contracts.spec import RunSpec
+from tasks.engines.reservation import reserve_gpu
 from tasks.stores.base import Store, open_store
 from tasks.stores.steps import JSON, code_digest, imports_of, installed_versions, once
 from tasks.stores.workspace import workspace
@@ -48,6 +50,7 @@ GPU_RUNTIMES = {"onnxruntime-gpu": "onnxruntime", "tensorrt": "tensorrt"}  # whe
 _COMPUTING = LIBRARIES | GPU_RUNTIMES
 RETRIES_S = (2, 8, 30, 90)  # half as long at the least, by their jitter: together more than a minute
 _REPORT_EVERY_S = 5.0
+_locks: list[IO[str]] = []
 
 
 def _can_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
@@ -102,7 +105,33 @@ def the_device() -> torch.device:
     wanted, available = Settings().device, torch.cuda.is_available()
     if wanted == "cuda" and not available:
         raise RequantError("REQUANT_DEVICE is cuda, and PyTorch finds no CUDA device.", remedy="Set it to cpu or auto.")
-    return torch.device("cuda" if available and wanted != "cpu" else "cpu")
+    return torch.device("cuda", the_gpu()) if available and wanted != "cpu" else torch.device("cpu")
+
+
+@cache
+def the_gpu() -> int:
+    """Index of the GPU that this process has for itself, from the first call until it ends.
+
+    Raises:
+        EngineError: if there is none, or other runs keep them all.
+    """
+    import torch
+
+    settings = Settings()
+    if not torch.cuda.is_available():
+        raise EngineError(
+            "This machine has no GPU that PyTorch can use, and the engine needs one.",
+            remedy="Run on a GPU machine, or send the build to one by REQUANT_BUILD_ON; `requant doctor` says more.",
+        )
+    candidates = range(torch.cuda.device_count()) if settings.gpu is None else [settings.gpu]
+    index, lock = reserve_gpu(
+        candidates,
+        patience_s=60 * settings.gpu_wait_minutes,
+        waiting=lambda taken: get_run_logger().info("waiting for a GPU: %s", taken),
+    )
+    _locks.append(lock)  # closed, it would be given back
+    torch.cuda.set_device(index)
+    return index
 
 
 def run_id() -> str:

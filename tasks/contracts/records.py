@@ -13,6 +13,8 @@ from tasks.contracts.spec import PreprocessSpec
 
 SplitName = Literal["train", "calibration", "selection", "gate"]
 SPLITS: tuple[SplitName, ...] = ("train", "calibration", "selection", "gate")
+Precision = Literal["int8", "float16", "float32"]
+LayerPrecision = Literal[Precision, "unknown"]  # a kernel's; another type, or one that cannot be told, is unknown
 
 
 class Record(BaseModel):
@@ -217,6 +219,64 @@ class ExportRecord(Record):
     compression: Compression
 
 
+class EngineLayer(Record):
+    """One layer that the compiler made, often of several layers of the graph."""
+
+    name: str
+    kind: str  # in the compiler's words
+    role: Literal["compute", "reformat", "quantize"]  # quantize: a Q or DQ that was not fused into its neighbour
+    precision: LayerPrecision  # that it computes in
+    reads: str  # data types of its inputs
+    writes: str
+    tactic: str
+    layers: tuple[str, ...]  # of the graph, whose products are formed here
+    macs: int  # theirs, for one image
+
+
+class PrecisionAudit(Record):
+    """Which precision each layer of the compiled engine really runs in."""
+
+    layers: tuple[EngineLayer, ...]
+    macs: dict[LayerPrecision, int]  # for one image; all layers of the graph
+    unplaced: tuple[str, ...]  # layers of the graph that no layer of the engine names, or that several contradict
+
+    def percent(self, precision: LayerPrecision) -> float | None:
+        """Share of the multiply-accumulates; None where there are none."""
+        total = sum(self.macs.values())
+        return 100 * self.macs.get(precision, 0) / total if total else None
+
+
+class Tensor(Record):
+    """An input or an output of an engine; None is a dimension of any size, such as that of the batch."""
+
+    name: str
+    dtype: str  # as NumPy names it
+    shape: tuple[int | None, ...]
+
+
+class Machine(Record):
+    """The GPU and the software that a TensorRT plan is compiled on."""
+
+    gpu: str
+    compute_capability: str  # such as 9.0
+    driver: str  # of the GPU; a plan is not bound to it
+    cuda_driver: str  # newest CUDA that the driver takes
+    cuda_runtime: str  # CUDA that TensorRT's package was made for, as far as it says
+    tensorrt: str
+    platform: str  # operating system and processor
+
+
+class PlanKey(Record):
+    """What a plan was built from and for, compared with the machine before the plan is loaded: it is native code."""
+
+    machine: Machine
+    hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"]
+    version_compatible: bool
+    profile: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # smallest, tuned, largest shape
+    onnx_sha256: str
+    plan_sha256: str
+
+
 class EngineRecord(Record):
     """What is released: the file that the runtime loads, and how it was told to load it."""
 
@@ -225,13 +285,19 @@ class EngineRecord(Record):
     engine: ArtifactRef
     options: dict[str, str]
     hardware: str
+    inputs: tuple[Tensor, ...] = ()
+    outputs: tuple[Tensor, ...] = ()
+    plan: PlanKey | None = None  # of TensorRT's engine, which runs on machines like this alone
+    device_memory_bytes: int | None = None  # activations and scratch of one context, where the runtime tells
+    audit: PrecisionAudit | None = None  # where the runtime tells what it compiled
 
 
 class Latency(Record):
-    """Float and INT8 in turns, one batch size."""
+    """Float and INT8 in turns, one batch size. Where float was built in two types, the faster one is the baseline."""
 
     batch_size: int
     rounds: int
+    baseline: Literal["float32", "float16"]  # what `float` means here
     float_ms: dict[str, float]  # median, p95, p99
     int8_ms: dict[str, float]
     float_images_per_second: float
@@ -281,11 +347,89 @@ class ChampionScore(Record):
     bytes: int
 
 
+class Spread(Record):
+    """What many measurements came to. A percentile is trtexec's: one of the values, none in between."""
+
+    mean: float
+    median: float
+    p90: float
+    p95: float
+    p99: float
+    min: float
+    max: float
+    variation: float  # standard deviation over mean, in percent
+
+
+class GpuTiming(Record):
+    """One engine, one batch size, one way to run it. Spreads are in milliseconds."""
+
+    precision: Precision
+    batch_size: int
+    transfers: bool  # input and output cross the bus
+    graph: bool  # launched as one CUDA graph
+    num_iterations: int
+    latency: Spread  # all that follows but enqueue, of one inference
+    h2d: Spread
+    compute: Spread
+    d2h: Spread
+    enqueue: Spread  # the host's time to launch it
+    images_per_second: float  # by the host's clock, one inference after the other
+    notes: tuple[str, ...]
+
+
+class GpuEnergy(Record):
+    """One engine alone on the GPU, one inference after the other. Energy is of the whole board, idle power included."""
+
+    precision: Precision
+    batch_size: int
+    num_inferences: int
+    seconds: float
+    joules_per_image: float
+    watts: float
+    source: Literal["energy counter", "power samples"]
+
+
+class GpuState(Record):
+    """The GPU at one moment; None is what the driver does not tell."""
+
+    name: str
+    driver: str
+    sm_clock_mhz: int | None
+    memory_clock_mhz: int | None
+    temperature_c: int | None
+    power_w: float | None
+    memory_used_mib: float | None
+    persistence: bool | None
+    slowdowns: tuple[str, ...] | None  # why the clocks are lower than they could be
+    processes: tuple[int, ...] | None  # that compute on it, this one included
+
+
+class GpuSpeed(Record):
+    """Engines in turns on a GPU, with all that the numbers depend on."""
+
+    timings: tuple[GpuTiming, ...]
+    energies: tuple[GpuEnergy, ...]
+    memory_mib: dict[Precision, float]  # device memory that an open engine takes; empty where it was not asked for
+    before: GpuState | None
+    after: GpuState | None
+    notes: tuple[str, ...]
+
+
 class EngineSpeed(Record):
     """The engine on the clock, beside the float model in the same runtime."""
 
     latencies: tuple[Latency, ...]
     memory: Memory
+    gpu: GpuSpeed | None = None
+
+
+class Built(Record):
+    """The engine, and what it is worth where it runs."""
+
+    engine: EngineRecord
+    score: EngineScore
+    champion: ChampionScore | None
+    speed: EngineSpeed
 
 
 class Inputs(Record):

@@ -7,16 +7,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from tasks.contracts.records import ArtifactRef, Decision, EngineRecord, Record
+from tasks.contracts.records import ArtifactRef, Decision, EngineRecord, PlanKey, Record, Tensor
 from tasks.contracts.spec import PreprocessSpec
-
-
-class Tensor(Record):
-    """An input or an output of an engine; None is a dimension of any size, such as that of the batch."""
-
-    name: str
-    dtype: str  # as NumPy names it
-    shape: tuple[int | None, ...]
 
 
 class Serving(Record):
@@ -123,3 +115,4 @@ class ModelFile(Record):
     options: dict[str, str]  # of the runtime, as measured
     hardware: str
     serving: Serving
+    plan: PlanKey | None = None  # what a TensorRT plan is checked against before it is loaded

@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from tasks.contracts.spec import Runtime
 
 
 class Settings(BaseSettings):
@@ -24,9 +26,25 @@ class Settings(BaseSettings):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where PyTorch runs; auto takes CUDA if it can.")
     redo: bool = Field(False, description="Compute every step again, whatever the store holds of it.")
+    build_on: dict[Runtime, str] = Field(
+        {}, description="Deployments that build and measure engines elsewhere, as JSON by runtime; here if not named."
+    )
+    train_on: str | None = Field(None, description="Deployment that trains (QAT) elsewhere, such as train/gpu.")
+    torchrun: str = Field(
+        "", description="Options of torchrun, to train by several processes: --standalone --nproc-per-node=2."
+    )
+    worker_minutes: float = Field(240.0, gt=0, description="Longest wait for such a deployment, its queue included.")
+    gpu: int | None = Field(None, ge=0, description="Index of the GPU to use; any that is free if not given.")
+    gpu_wait_minutes: float = Field(60.0, ge=0, description="Longest wait for a GPU that another run has.")
+    gpu_free_mib: int = Field(1024, ge=0, description="Least free memory of that GPU to start a build with.")
+    build_limit_minutes: float = Field(60.0, gt=0, description="A TensorRT build that takes longer is killed.")
     signing_key: Path | None = Field(None, description="PEM file of the private key that signs releases.")
     trusted_keys: Annotated[tuple[Path, ...], NoDecode] = Field(
         (), description="PEM files of public keys, joined by : as in PATH; a release signed by no other is used."
+    )
+    alarm_url: SecretStr | None = Field(
+        None,
+        description="Address of the fleet's alarm block, such as a Slack webhook; `requant deploy` keeps it there.",
     )
 
     @field_validator("trusted_keys", mode="before")

@@ -7,7 +7,7 @@ Accuracy limits and drops are in percentage points.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -15,15 +15,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from tasks.contracts.errors import SpecError
 
 SchemeName = Literal["onnxruntime", "tensorrt"]
+Runtime = Literal["onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt"]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Side = Annotated[int, Field(ge=1, le=8192)]
+ModelName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=80)]
 
 
 class Section(BaseModel):
     """A part of the spec: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+S = TypeVar("S", bound=Section)
 
 
 class ModelSpec(Section):
@@ -61,7 +66,7 @@ class PreprocessSpec(Section):
         None, description="Short side in pixels, or height and width; nothing keeps the size."
     )
     crop: Side | tuple[Side, Side] | None = Field(None, description="Centre crop: side, or height and width.")
-    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = Field("bilinear", description="How images are resized.")
     mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="Per channel, of values in 0..1.")
     std: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.229, 0.224, 0.225), description="Per channel.")
 
@@ -77,8 +82,8 @@ class PreprocessSpec(Section):
 class Limit(Section):
     """The range that a number must keep, how many images must keep it, and what a breach means."""
 
-    low: float | None = None
-    high: float | None = None
+    low: float | None = Field(None, description="Smallest that is allowed.")
+    high: float | None = Field(None, description="Largest that is allowed.")
     share: float = Field(1.0, ge=0, le=1, description="Share of images that must keep it.")
     severity: Literal["critical", "warning", "off"] = Field(
         "warning", description="Critical fails the run; a warning is shown."
@@ -185,11 +190,11 @@ class DataSpec(Section):
 class QatSpec(Section):
     """Quantization-aware training: learned scales, taught by the float model."""
 
-    epochs: Count = 4
-    batch_size: Count = 64
+    epochs: Count = Field(4, description="Passes over the train split.")
+    batch_size: Count = Field(64, description="Images per step.")
     learning_rate: float = Field(5e-5, gt=0, description="Peak of the cosine schedule, for weights.")
     scale_learning_rate: float = Field(2e-3, gt=0, description="The same for scales, relative to each scale.")
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="Of the weights, by AdamW.")
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of all steps over which the rates rise.")
     distillation: float = Field(1.0, ge=0, le=1, description="Weight of the float model's answers against the labels.")
     temperature: float = Field(2.0, gt=0, description="Softens both answers in distillation.")
@@ -248,7 +253,7 @@ class TensorRtSpec(Section):
 class TargetSpec(Section):
     """What the engine is built for."""
 
-    runtime: Literal["onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt"] = Field(
+    runtime: Runtime = Field(
         "onnxruntime", description="The runtime that the engine is built for; all but onnxruntime need a GPU."
     )
     scheme: SchemeName | None = Field(None, description="Quantization scheme; the runtime's own when not given.")
@@ -295,15 +300,16 @@ class GatesSpec(Section):
     min_speedup: float | None = Field(1.0, gt=0, description="Float latency over INT8 latency, medians.")
     max_latency_ms: float | None = Field(None, gt=0, description="Median of one inference, in milliseconds.")
     max_memory_mib: float | None = Field(None, gt=0, description="Peak memory of a process that runs the engine.")
+    min_int8_macs: float | None = Field(
+        None, ge=0, le=100, description="Multiply-accumulates that the compiled engine runs in INT8, in percent."
+    )
 
 
 class RunSpec(Section):
     """One run: the float model that comes in, the INT8 engine that goes out, and what it must keep."""
 
-    name: str = Field(
-        ..., pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=80, description="Name under which releases appear."
-    )
-    seed: int = Field(0, ge=0, le=2**32 - 1)
+    name: ModelName = Field(..., description="Name under which releases appear.")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Of every draw: splits, calibration, training.")
     model: ModelSpec = ModelSpec()
     data: DataSpec = DataSpec()
     quant: QuantSpec = QuantSpec()
@@ -322,19 +328,24 @@ class RunSpec(Section):
 
 
 def spec_from(values: Any, *, origin: str) -> RunSpec:
+    """A checked spec; see `checked`."""
+    return checked(RunSpec, values, origin=origin)
+
+
+def checked(kind: type[S], values: Any, *, origin: str, remedy: str = "Mend these keys.") -> S:
     """Check `values` and say every mistake at once, each with the path of its key.
 
     Raises:
         SpecError: if a key is unknown or a value does not fit.
     """
     try:
-        return RunSpec.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        mistakes = [_mistake(detail) for detail in error.errors()]
-        raise SpecError(f"{origin}: " + "; ".join(mistakes) + ".", remedy="Mend these keys.") from error
+        mistakes = [_mistake(detail, kind) for detail in error.errors()]
+        raise SpecError(f"{origin}: " + "; ".join(mistakes) + ".", remedy=remedy) from error
 
 
-def read_spec(path: Path) -> dict[str, Any]:
+def read_spec(path: Path, *, remedy: str = "Start with `name:`.") -> dict[str, Any]:
     """The mapping in a YAML file, not yet checked.
 
     Raises:
@@ -347,25 +358,28 @@ def read_spec(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SpecError(f"{path} is not YAML: {error}.", remedy="Mend the file.") from error
     if not isinstance(values, dict):
-        raise SpecError(f"{path} holds {type(values).__name__}, not a mapping.", remedy="Start with `name:`.")
+        raise SpecError(f"{path} holds {type(values).__name__}, not a mapping.", remedy=remedy)
     return values
 
 
-def _mistake(detail: Any) -> str:
-    key = ".".join(str(part) for part in detail["loc"]) or "spec"
+def _mistake(detail: Any, kind: type[Section]) -> str:
+    key = ".".join(str(part) for part in detail["loc"]) or ("spec" if kind is RunSpec else kind.__name__.lower())
     if detail["type"] == "extra_forbidden":
-        return f"{key} is not a key ({_neighbours(detail['loc'])})"
+        return f"{key} is not a key ({_neighbours(detail['loc'], kind)})"
     if detail["type"] == "missing":
         return f"{key} is missing"
     return f"{key}: {detail['msg'].removeprefix('Value error, ').lower()} (found {detail['input']!r})"
 
 
-def _neighbours(location: tuple[int | str, ...]) -> str:
+def _neighbours(location: tuple[int | str, ...], section: type[BaseModel]) -> str:
     """The keys that exist beside a misspelt one."""
-    section: type[BaseModel] = RunSpec
     for part in location[:-1]:
-        annotation = section.model_fields[str(part)].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        if isinstance(part, int):
+            continue  # an item of a list, whose type was looked at with the list
+        annotation = section.model_fields[part].annotation
+        below = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+        sections = [kind for kind in below if issubclass(kind, BaseModel)]
+        if not sections:
             return "no key of that name exists there"
-        section = annotation
+        (section,) = sections
     return "known: " + ", ".join(section.model_fields)

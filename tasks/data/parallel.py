@@ -10,7 +10,7 @@ from itertools import islice
 from typing import TypeVar
 
 from tasks.contracts.errors import RequantError
-from tasks.contracts.lifetime import end_with_parent
+from tasks.contracts.lifetime import die_with
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -49,7 +49,7 @@ def in_processes(work: Callable[[Item], list[Result]], items: Iterable[Item]) ->
     from joblib.externals.loky import get_reusable_executor
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-    jobs = (delayed(_in_child)(work, item) for item in items)
+    jobs = (delayed(_in_child)(work, item, os.getpid()) for item in items)
     try:
         for results in Parallel(n_jobs=os.cpu_count(), return_as="generator", pre_dispatch="2*n_jobs")(jobs):
             yield from results
@@ -62,6 +62,6 @@ def in_processes(work: Callable[[Item], list[Result]], items: Iterable[Item]) ->
         get_reusable_executor().shutdown()
 
 
-def _in_child(work: Callable[[Item], list[Result]], item: Item) -> list[Result]:
-    end_with_parent()
+def _in_child(work: Callable[[Item], list[Result]], item: Item, parent: int) -> list[Result]:
+    die_with(parent)
     return work(item)

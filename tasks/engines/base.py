@@ -26,6 +26,16 @@ class TensorInfo:
         return f"{self.dtype.name}[{sizes}]"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """One inference on the GPU's own clock, in milliseconds; copies that were not made took 0."""
+
+    h2d_ms: float  # inputs to the GPU
+    compute_ms: float
+    d2h_ms: float  # outputs back
+    enqueue_ms: float  # on the host's clock: how long it took to hand the work over
+
+
 class Engine(ABC):
     """A compiled model. A context manager: it owns the runtime's memory between enter and exit.
 
@@ -51,9 +61,7 @@ class Engine(ABC):
         Raises:
             EngineError: if the engine is not open, the feed does not fit, or the runtime fails.
         """
-        if not self.inputs:
-            raise EngineError(f"{type(self).__name__} is not open.", remedy="Use it inside `with`.")
-        check_feed(feed, self.inputs)
+        self._check(feed)
         return self._run(feed)
 
     def answer(self, pixels_NCHW: np.ndarray) -> np.ndarray:
@@ -66,6 +74,12 @@ class Engine(ABC):
             sizes = f"{len(self.inputs)} inputs and {len(self.outputs)} outputs"
             raise EngineError(f"The model has {sizes}; a classifier has one of each.")
         return next(iter(self.run({info.name: pixels_NCHW for info in self.inputs}).values()))
+
+    def _check(self, feed: Mapping[str, np.ndarray]) -> None:
+        """Refuse a feed that does not fit. An adapter may refuse more."""
+        if not self.inputs:
+            raise EngineError(f"{type(self).__name__} is not open.", remedy="Use it inside `with`.")
+        check_feed(feed, self.inputs)
 
     @property
     @abstractmethod

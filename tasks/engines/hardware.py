@@ -1,9 +1,10 @@
-"""The CPU that an engine runs on: part of an engine's key, and of every latency's meaning."""
+"""What an engine runs on: part of an engine's key, and of every latency's meaning."""
 
 from __future__ import annotations
 
 import platform
 from pathlib import Path
+from typing import Any
 
 INT8_DOT = ("avx512_vnni", "avx_vnni", "asimddp")  # multiply 8-bit values and add them up in 32 bits at once
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
@@ -16,6 +17,22 @@ def hardware() -> str:
     model = facts.get("model name") or platform.processor() or platform.machine()
     flags = [flag for flag in FLAGS if flag in _flags(facts)]
     return f"{model} ({', '.join(flags) or 'instruction sets unknown'})"
+
+
+def gpu_hardware(index: int) -> str:
+    """Model and compute capability of a GPU, which kernels are chosen for."""
+    import torch  # here, as a process that measures an engine's memory must not load it
+
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"{torch.cuda.get_device_name(index)} (compute capability {major}.{minor})"
+
+
+def gpu_bus_id(index: int) -> str:
+    """PCI bus id of a GPU, by which NVIDIA's tools know it whatever order CUDA has them in."""
+    import torch
+
+    found: Any = torch.cuda.get_device_properties(index)  # torch's types leave these three out
+    return f"{found.pci_domain_id:08x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
 
 
 def has_vnni() -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Literal
 
-from tasks.contracts.records import Comparison, Compression, Decision, Latency, Memory, Parity, Verdict
+from tasks.contracts.records import Comparison, Compression, Decision, Latency, Memory, Parity, PrecisionAudit, Verdict
 from tasks.contracts.spec import GatesSpec
 
 LONGEST_MESSAGE = 200
@@ -33,6 +33,7 @@ GATES = {
     "min_speedup": Gate("speedup", "x", "at least"),
     "max_latency_ms": Gate("latency", "ms", "at most"),
     "max_memory_mib": Gate("memory", "MiB", "at most"),
+    "min_int8_macs": Gate("int8_macs", "%", "at least"),
 }
 
 
@@ -49,6 +50,7 @@ def metrics_from(
     compression: Compression,
     latencies: Sequence[Latency],
     memory: Memory,
+    audit: PrecisionAudit | None = None,
 ) -> dict[str, float | None]:
     """Everything that a gate can ask for. Of the latencies the first is gated."""
     return {
@@ -62,6 +64,7 @@ def metrics_from(
         "speedup": latencies[0].speedup,
         "latency": latencies[0].int8_ms["median"],
         "memory": memory.int8_mib,
+        "int8_macs": None if audit is None else audit.percent("int8"),
     }
 
 

@@ -24,7 +24,8 @@ from torch.fx import GraphModule
 from tasks.contracts.errors import QuantizeError
 from tasks.contracts.records import Epoch
 from tasks.contracts.spec import PreprocessSpec, QatSpec
-from tasks.quant.fake_quantize import FakeQuantizer, Mode
+from tasks.quant.fake_quantize import FakeQuantizer, Mode, PerChannelFakeQuantizer
+from tasks.quant.group import Group
 from tasks.quant.simulate import Simulation
 from tasks.stores.workspace import replacing
 
@@ -53,6 +54,7 @@ def train(
     seed: int,
     device: torch.device,
     folder: Path,
+    group: Group | None = None,
     progress: Progress | None = None,
 ) -> tuple[Epoch, ...]:
     """Train a calibrated simulation in place and leave it at its best epoch, judged by the loss on `selection`.
@@ -60,17 +62,24 @@ def train(
     Args:
         teacher: the float graph.
         folder: keeps the teacher's answers and the state after each epoch; a killed training goes on from there.
+        group: the processes that train together, each of which calls this; the first one's folder has the state.
         progress: is told steps done of all steps.
 
     Raises:
-        QuantizeError: if there is nothing to train on, or the loss is no longer finite.
+        QuantizeError: if there is nothing to train on, the processes cannot share a batch, or the loss is not finite.
     """
+    group = group or Group()
+    if spec.batch_size % group.size:
+        raise QuantizeError(
+            f"A batch of {spec.batch_size} images cannot be shared by {group.size} processes.",
+            remedy="Make quant.qat.batch_size a multiple of their number.",
+        )
     if len(images) < spec.batch_size:
         raise QuantizeError(
             f"Training has {len(images)} images and one batch takes {spec.batch_size}.",
             remedy="Give more data, lower quant.qat.batch_size, or use quant.method: ptq.",
         )
-    trainer = Trainer(simulation, teacher, images, selection, spec, seed, device, folder)
+    trainer = Trainer(simulation, teacher, images, selection, spec, seed, device, folder, group)
     with simulation.mode(Mode.SIMULATE):
         while not trainer.finished:
             trainer.run_epoch(progress)
@@ -91,21 +100,27 @@ class Trainer:
         seed: int,
         device: torch.device,
         folder: Path,
+        group: Group | None = None,
     ) -> None:
+        self._group = group or Group()
         self._graph = simulation.graph.to(device).to(memory_format=torch.channels_last)
         self._images, self._selection, self._spec, self._seed = images, selection, spec, seed
         self._feed = Feed(images.preprocess, device)
         self._folder = folder
         num_views = spec.views if spec.mirror or spec.shift else 1
         self._views = [Views.make(number, len(images), spec) for number in range(num_views)]
-        self._answers_VNC = answers(teacher, images, self._feed, spec, folder / "train.npy", num_views=num_views)
         path = folder / "selection.npy"
-        self._selection_answers_VNC = answers(teacher, selection, self._feed, spec, path, num_views=num_views)
+        with self._group.first_here_first():
+            self._answers_VNC = answers(teacher, images, self._feed, spec, folder / "train.npy", num_views=num_views)
+            self._selection_answers_VNC = answers(teacher, selection, self._feed, spec, path, num_views=num_views)
         named = list(self._graph.named_parameters())
         self._scales: list[Tensor] = [parameter for name, parameter in named if name.endswith("log_scale")]
         self._weights: list[Tensor] = [parameter for name, parameter in named if not name.endswith("log_scale")]
         self._parameters: list[Tensor] = [*self._weights, *self._scales]
         owners = [module for module in self._graph.modules() if isinstance(module, FakeQuantizer)]
+        of_weights = [owner for owner in owners if isinstance(owner, PerChannelFakeQuantizer)]
+        weight_scales = {id(owner.log_scale) for owner in of_weights}
+        self._activation_scales = [scale for scale in self._scales if id(scale) not in weight_scales]
         limited = [owner for owner in owners if owner.largest_scale < math.inf]
         self._limited: list[Tensor] = [owner.log_scale for owner in limited]
         self._highest = [math.log(owner.largest_scale) for owner in limited]
@@ -128,17 +143,18 @@ class Trainer:
         return len(losses) >= self._spec.epochs or since_best >= self._spec.patience
 
     def run_epoch(self, progress: Progress | None) -> None:
-        started, number = time.monotonic(), len(self.history)
+        started, number, group = time.monotonic(), len(self.history), self._group
         random = np.random.default_rng([self._seed, number])  # so a resumed epoch sees what it would have seen
         order = random.permutation(len(self._images))
         steps = len(order) // self._spec.batch_size  # a short last batch would weigh its images more
         order = order[: steps * self._spec.batch_size]
-        view_N = random.integers(len(self._views), size=len(order))
+        view_N = group.share(random.integers(len(self._views), size=len(order)))
+        order, batch_size = group.share(order), self._spec.batch_size // group.size
         mirrored_N = np.array([views.mirrored_N for views in self._views])[view_N, order]
         views = Views(mirrored_N, np.array([views.moves_N2 for views in self._views])[view_N, order])
         losses: list[Tensor] = []
-        for step, (pixels_NHWC, labels_N) in enumerate(self._images.batches_uint8(self._spec.batch_size, order=order)):
-            part = slice(step * self._spec.batch_size, (step + 1) * self._spec.batch_size)
+        for step, (pixels_NHWC, labels_N) in enumerate(self._images.batches_uint8(batch_size, order=order)):
+            part = slice(step * batch_size, (step + 1) * batch_size)
             rate = schedule((number * steps + step) / (self._spec.epochs * steps), self._spec.warmup)
             answers_NC = self._answers_VNC[view_N[part], order[part]]
             losses.append(self.step(views[part].of(pixels_NHWC), labels_N, answers_NC, rate))
@@ -146,7 +162,7 @@ class Trainer:
                 progress(number * steps + step + 1, self._spec.epochs * steps)
         with self._swapped(self._average):
             selection_loss, top1 = self._score_selection()
-        loss = float(torch.stack(losses).mean())
+        (loss,) = group.total([float(torch.stack(losses).mean()) / group.size], self._feed.device)
         if not math.isfinite(loss + selection_loss):
             raise QuantizeError(
                 f"The loss of epoch {number + 1} is {loss}, and {selection_loss} on the selection images.",
@@ -173,6 +189,7 @@ class Trainer:
         loss = self._loss(self._feed(pixels_NHWC), labels_N, answers_NC)
         self._optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
+        self._average_gradients()
         nn.utils.clip_grad_norm_(self._parameters, self._spec.gradient_clip)
         self._optimizer.step()
         with torch.no_grad():
@@ -180,6 +197,13 @@ class Trainer:
                 torch._foreach_clamp_max_(self._limited, self._highest)
             torch._foreach_lerp_(self._average, self._parameters, 1.0 - self._spec.ema_decay)
         return loss.detach()
+
+    def _average_gradients(self) -> None:
+        """What one process would have had for the whole batch."""
+        self._group.average([parameter.grad for parameter in self._parameters if parameter.grad is not None])
+        if self._group.size > 1:  # each was shrunk for the values of its own share (LSQ, section 2.2)
+            gradients = [scale.grad for scale in self._activation_scales if scale.grad is not None]
+            torch._foreach_mul_(gradients, self._group.size**-0.5)
 
     def _loss(self, images_NCHW: Tensor, labels_N: np.ndarray, answers_NC: np.ndarray) -> Tensor:
         device = images_NCHW.device
@@ -196,13 +220,15 @@ class Trainer:
     def _score_selection(self) -> tuple[float, float]:
         """Loss and top-1 in percent."""
         loss, right, start = 0.0, 0, 0
-        for pixels_NHWC, labels_N in self._selection.batches_uint8(self._spec.batch_size):
-            answers_NC = self._selection_answers_VNC[0, start : start + len(labels_N)]
+        mine = self._group.share(np.arange(len(self._selection)))
+        for pixels_NHWC, labels_N in self._selection.batches_uint8(self._spec.batch_size, order=mine):
+            answers_NC = self._selection_answers_VNC[0, mine[start : start + len(labels_N)]]
             images_NCHW = self._feed(pixels_NHWC)
             loss += float(self._loss(images_NCHW, labels_N, answers_NC)) * len(labels_N)
             right += int((self._graph(images_NCHW).argmax(1).cpu().numpy() == labels_N).sum())
             start += len(labels_N)
-        return loss / start, 100.0 * right / start
+        loss, top1 = self._group.total([loss, 100.0 * right], self._feed.device)
+        return loss / len(self._selection), top1 / len(self._selection)
 
     @contextmanager
     def _swapped(self, values: list[Tensor]) -> Iterator[None]:
@@ -220,6 +246,8 @@ class Trainer:
         self._write(self._best)
 
     def _save(self) -> None:
+        if self._group.rank > 0:
+            return
         state = {
             "parameters": [parameter.detach() for parameter in self._parameters],
             "average": self._average,
@@ -233,10 +261,11 @@ class Trainer:
             partial.write_bytes(buffer.getbuffer())
 
     def _resume(self) -> None:
-        path = self._folder / _CHECKPOINT
-        if not path.exists():
+        device = self._average[0].device
+        stored = self._group.from_first(self._folder / _CHECKPOINT, device)
+        if stored is None:
             return
-        state = torch.load(path, weights_only=True, map_location=self._average[0].device)
+        state = torch.load(io.BytesIO(stored), weights_only=True, map_location=device)
         self._write(state["parameters"])
         self._average, self._best = state["average"], state["best"]
         self._optimizer.load_state_dict(state["optimizer"])

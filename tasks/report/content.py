@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from math import isfinite, isnan
 from statistics import mean
+from typing import Literal
 
 from tasks.contracts.records import (
     Accuracy,
@@ -22,6 +23,7 @@ from tasks.contracts.records import (
     EngineRecord,
     ExportRecord,
     Finding,
+    GpuSpeed,
     Latency,
     LayerError,
     Memory,
@@ -33,6 +35,8 @@ from tasks.contracts.records import (
 )
 from tasks.contracts.spec import RunSpec
 from tasks.gates.judge import GATES
+
+Trigger = Literal["nightly", "retrain", "by hand"]
 
 
 class RunReport(Record):
@@ -53,6 +57,7 @@ class RunReport(Record):
     champion: ChampionScore | None  # None if there was none, or it could not be compared
     latencies: tuple[Latency, ...]
     memory: Memory
+    gpu: GpuSpeed | None = None
     export: ExportRecord
     parity: Parity
     quantized: QuantizedRecord
@@ -60,6 +65,8 @@ class RunReport(Record):
     decision: Decision
     versions: dict[str, str]  # of packages
     hardware: str
+    trigger: Trigger = "by hand"
+    cause: str | None = None  # of the trigger, such as the weights that were announced
     notes: tuple[str, ...] = ()  # what a reader must know before trusting the numbers
 
 
@@ -222,6 +229,11 @@ def number(value: float | None, digits: int = 2) -> str:
     return text.removeprefix("-") if float(text.replace(",", "")) == 0 else text.replace("-", "\N{MINUS SIGN}")
 
 
+def milliseconds(value: float) -> str:
+    """Of one inference: on a GPU they are small."""
+    return number(value, 2 if value >= 1 else 3)
+
+
 def with_unit(value: float | None, unit: str) -> str:
     """A measured number as people read it."""
     text = number(value, 2 if value is None or abs(value) >= 10 else 3)
@@ -235,7 +247,8 @@ def limit_of(verdict: Verdict) -> str:
 
 def title_of(verdict: Verdict) -> str:
     """The gated number's name, in words."""
-    return verdict.metric.replace("_", " ").replace("top1", "top-1").replace("top5", "top-5").capitalize()
+    words = verdict.metric.replace("_", " ").replace("macs", "multiply-accumulates")
+    return words.replace("top1", "top-1").replace("top5", "top-5").capitalize().replace("Int8", "INT8")
 
 
 def _unit(text: str, unit: str) -> str:

@@ -11,9 +11,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from tasks.contracts.records import DataCheck
-from tasks.report import content
+from tasks.report import content, gpu
 from tasks.report.content import RunReport
-from tasks.report.plots import DARK, LIGHT, Palette, image_of, summary_figure, training_figure
+from tasks.report.plots import DARK, LIGHT, Palette, audit_figure, image_of, summary_figure, training_figure
 
 MIB = 2**20
 MAX_CONFUSION = 20
@@ -36,6 +36,12 @@ def as_html(report: RunReport) -> str:
         changes=changes[:MAX_CLASSES],
         num_classes=len(changes),
         confusion=_confusion(report),
+        timing=gpu.timing_text(report),
+        gpu_rows=gpu.gpu_rows(report.gpu) if report.gpu else (),
+        gpu_notes=gpu.gpu_notes(report.gpu) if report.gpu else (),
+        audit_text=gpu.audit_text(report, report.engine.audit) if report.engine.audit else "",
+        not_int8=gpu.not_int8(report.engine.audit) if report.engine.audit else (),
+        audit_picture=_data_urls(report, audit_figure) if report.engine.audit else None,
         spec=yaml.safe_dump(report.spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
         picture=_data_urls(report, summary_figure),
         curve=_data_urls(report, training_figure) if report.quantized.epochs else None,
@@ -65,6 +71,9 @@ def _render(template: str, **values: object) -> str:
     )
     templates.filters |= {
         "number": content.number,
+        "milliseconds": content.milliseconds,
+        "baseline": gpu.baseline_text,
+        "precision": gpu.PRECISIONS.get,
         "with_unit": content.with_unit,
         "limit": content.limit_of,
         "title_of": content.title_of,

@@ -18,14 +18,28 @@ from tasks.report.content import (
     duration,
     headline,
     limit_of,
+    milliseconds,
     noisiest_first,
     number,
     title_of,
     with_unit,
 )
+from tasks.report.gpu import (
+    PRECISIONS,
+    audit_text,
+    baseline_text,
+    gpu_notes,
+    gpu_rows,
+    mode_of,
+    not_int8,
+    shorten,
+    timing_text,
+)
 
 MIB = 2**20
 NUM_WORST = 10
+NUM_LAYERS = 40
+NUM_NOTES = 40
 Plain = str | float | bool | None
 
 
@@ -52,7 +66,9 @@ def as_markdown(report: RunReport) -> str:
         _gates(report),
         _accuracy(report),
         _latency(report),
+        _gpu(report),
         _size(report),
+        _audit(report),
         _layers(report),
         _classes(report),
         f"## Calibration\n\n{calibration_text(report)}",
@@ -145,22 +161,71 @@ def _latency(report: RunReport) -> str:
         [
             latency.batch_size,
             *(
-                f"{number(times['median'])} ({number(times['p95'])} / {number(times['p99'])})"
+                f"{milliseconds(times['median'])} ({milliseconds(times['p95'])} / {milliseconds(times['p99'])})"
                 for times in (latency.float_ms, latency.int8_ms)
             ),
             f"{number(latency.float_images_per_second, 1)} / {number(latency.int8_images_per_second, 1)}",
-            f"{with_unit(latency.speedup, 'x')} ({number(latency.speedup_quartiles[0])} to "
+            f"{with_unit(latency.speedup, 'x')} {baseline_text(latency)} ({number(latency.speedup_quartiles[0])} to "
             f"{number(latency.speedup_quartiles[1])})",
         ]
         for latency in report.latencies
     ]
-    threads = report.spec.target.threads
-    text = (
-        f"{report.engine.runtime} {report.engine.version}, {threads} {'thread' if threads == 1 else 'threads'}, "
-        f"on {report.hardware}. Float and INT8 take turns; quartiles of neighbouring turns in brackets."
-    )
     columns = ["Batch", "Float, ms: median (p95 / p99)", "INT8, ms: median (p95 / p99)", "Images/s, float / INT8"]
-    return f"## Latency\n\n{_text(text)}\n\n" + _table([*columns, "Speedup"], rows)
+    return f"## Latency\n\n{_text(timing_text(report))}\n\n" + _table([*columns, "Speedup"], rows)
+
+
+def _gpu(report: RunReport) -> str:
+    if report.gpu is None:
+        return ""
+    rows = [
+        [
+            row.batch_size,
+            mode_of(row),
+            PRECISIONS[row.precision],
+            *(milliseconds(value) for value in (row.latency.median, row.latency.p95, row.latency.p99)),
+            number(row.latency.variation, 1),
+            *(milliseconds(part.median) for part in (row.h2d, row.compute, row.d2h, row.enqueue)),
+            number(row.images_per_second, 0),
+        ]
+        for row in gpu_rows(report.gpu)
+    ]
+    columns = ["Batch", "Mode", "Engine", "Median, ms", "p95", "p99", "CV, %", "To GPU", "Computing", "To host"]
+    energies = [
+        [energy.batch_size, PRECISIONS[energy.precision], number(1000 * energy.joules_per_image), number(energy.watts)]
+        for energy in report.gpu.energies
+    ]
+    return "\n\n".join(
+        [
+            "## On the GPU",
+            _table([*columns, "Enqueue", "Images/s"], rows),
+            *([_table(["Batch", "Engine", "mJ per image", "W"], energies)] if energies else []),
+            "\n".join(f"- {_text(note)}" for note in gpu_notes(report.gpu)[:NUM_NOTES]),
+        ]
+    )
+
+
+def _audit(report: RunReport) -> str:
+    audit = report.engine.audit
+    if audit is None:
+        return ""
+    found = not_int8(audit)
+    rows = [
+        [
+            shorten(layer.name),
+            layer.role,
+            PRECISIONS[layer.precision] if layer.role == "compute" else "",
+            layer.reads,
+            layer.writes,
+            number(layer.macs / 1e6),
+        ]
+        for layer in found[:NUM_LAYERS]
+    ]
+    rest = len(found) - len(rows)
+    return (
+        f"## Which precision each layer runs in\n\n{_text(audit_text(report, audit))}\n\n"
+        + _table(["Layer of the engine", "Role", "Computes in", "Reads", "Writes", "Million MACs"], rows)
+        + (f"\n\nAnd {rest:,} more." if rest > 0 else "")
+    )
 
 
 def _size(report: RunReport) -> str:

@@ -14,13 +14,15 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from tasks.contracts.records import Accuracy, Latency, LayerError
+from tasks.contracts.records import Accuracy, Latency, LayerError, LayerPrecision
 from tasks.report.content import RunReport, noisiest_first, number
+from tasks.report.gpu import PRECISIONS, baseline_text
 
 MIB = 2**20
 NUM_NAMED = 3
 BAR = 0.36
 SMALL = 8.5
+NARROWEST_PERCENT = 6  # share that a number fits into
 ROOM_FOR_NUMBERS = 1.18  # above the tallest bar
 
 
@@ -33,11 +35,14 @@ class Palette:
     line: str
     of_float: str
     of_int8: str
+    of_half: str
     alarm: str
 
 
-LIGHT = Palette(paper="#ffffff", ink="#1f2933", line="#d9dee4", of_float="#8794a1", of_int8="#0072b2", alarm="#d55e00")
-DARK = Palette(paper="#171c22", ink="#dfe5ec", line="#36404b", of_float="#8c98a5", of_int8="#56b4e9", alarm="#e69f00")
+LIGHT = Palette(paper="#ffffff", ink="#1f2933", line="#d9dee4", of_float="#8794a1", of_int8="#0072b2",
+                of_half="#009e73", alarm="#d55e00")  # fmt: skip
+DARK = Palette(paper="#171c22", ink="#dfe5ec", line="#36404b", of_float="#8c98a5", of_int8="#56b4e9",
+               of_half="#00b383", alarm="#e69f00")  # fmt: skip
 
 
 def summary_figure(report: RunReport, palette: Palette = LIGHT) -> Figure:
@@ -65,6 +70,37 @@ def training_figure(report: RunReport, palette: Palette = LIGHT) -> Figure:
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _finish(figure, palette)
+    return figure
+
+
+def audit_figure(report: RunReport, palette: Palette = LIGHT) -> Figure:
+    """Multiply-accumulates by precision: as the graph asks for them, and as the engine runs them."""
+    audit, asked = report.engine.audit, report.export.compression
+    assert audit is not None
+    figure = _figure(palette, width=11, height=2.4)
+    axes = figure.add_subplot()
+    wanted: dict[LayerPrecision, int] = {"int8": asked.int8_macs}
+    bars = {"graph": wanted, "engine": audit.macs}
+    colours = {
+        "int8": palette.of_int8,
+        "float16": palette.of_half,
+        "float32": palette.of_float,
+        "unknown": palette.alarm,
+    }
+    left = [0.0, 0.0]
+    for kind, name in PRECISIONS.items():
+        shares = [100 * macs.get(kind, 0) / max(asked.macs, 1) for macs in bars.values()]
+        drawn = axes.barh(list(bars), shares, 0.6, left=left, color=colours[kind], label=name,
+                          hatch="//" if kind == "unknown" else None, edgecolor=palette.paper, linewidth=0)  # fmt: skip
+        texts = [f"{share:.1f} %" if share >= NARROWEST_PERCENT else "" for share in shares]
+        axes.bar_label(drawn, texts, label_type="center", color=palette.paper, fontsize=SMALL, fontweight="bold")
+        left = [start + share for start, share in zip(left, shares, strict=True)]
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.legend(frameon=False, labelcolor=palette.ink, ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
+    _title(axes, "Multiply-accumulates by precision (%)", palette)
+    _finish(figure, palette)
+    axes.grid(visible=False)
     return figure
 
 
@@ -112,7 +148,11 @@ def _draw_latency(axes: Axes, latencies: tuple[Latency, ...], palette: Palette) 
         (latency.float_ms["median"] / latency.batch_size, latency.int8_ms["median"] / latency.batch_size)
         for latency in latencies
     ]
-    names = [f"batch {latency.batch_size}\nspeedup {number(latency.speedup)}" for latency in latencies]
+    names = [
+        f"batch {latency.batch_size}\nspeedup {number(latency.speedup)}"
+        + (f"\n{baseline_text(latency)}" if baseline_text(latency) else "")
+        for latency in latencies
+    ]
     _draw_pairs(axes, pairs, names, palette)
     _title(axes, "Latency per image (ms), median", palette)
 

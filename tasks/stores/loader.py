@@ -140,6 +140,7 @@ def _model_file(release: Release, engine: EngineRecord) -> ModelFile:
         options=engine.options,
         hardware=engine.hardware,
         serving=release.serving,
+        plan=engine.plan,
     )
 
 

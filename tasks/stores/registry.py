@@ -2,8 +2,9 @@
 
     models/<name>/releases/<n>   a release: written once, whole or not at all, signed, never changed
     models/<name>/champion       the release that production serves, and the log of all promotions
+    models/<name>/settled        what decided the last good run, written last by each of them
 
-Both rest on compare-and-set alone. Whoever is killed in between leaves a release that nobody serves, and no more.
+The first two rest on compare-and-set alone. Whoever is killed in between leaves a release that nobody serves, and no more.
 """
 
 from __future__ import annotations
@@ -172,6 +173,20 @@ def rollback(store: Store, name: str, keys: Keys = NO_KEYS) -> Promotion:
     return _move(store, name, line[-2], "rollback", instead_of=now.release)
 
 
+def last_good_run(store: Store, name: str) -> datetime | None:
+    """When a run last passed all gates or found nothing changed, by the clock of the store; None if none has."""
+    settled = store.entry(settled_key(name))
+    if settled is not None:
+        return settled.modified
+    records = {entry.key: entry.modified for entry in store.entries(f"models/{name}/runs/")}
+    for key in sorted(records, reverse=True):  # names of runs rise with time
+        if key.endswith("/record.json"):
+            record: Any = json.loads(store.read_text(key) or "{}")
+            if record.get("decision", {}).get("passed"):
+                return records[key]
+    return None
+
+
 def lineage(now: Champion) -> list[int]:
     """Champions that rollbacks would go back through, the present one last."""
     line: list[int] = []
@@ -314,6 +329,11 @@ def _home(name: str) -> str:
 
 def _key(name: str, number: int) -> str:
     return f"{_home(name)}/releases/{number}"
+
+
+def settled_key(name: str) -> str:
+    """Of the note of what decided the last good run; each good run writes it."""
+    return f"{_home(name)}/settled"
 
 
 def _pointer(name: str) -> str:

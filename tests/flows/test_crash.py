@@ -15,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import StateType
@@ -75,7 +76,7 @@ def test_a_run_killed_after_every_single_step_repeats_none(
     environment = {**os.environ, **place.environment, "PREFECT_API_URL": prefect_server}
     ended = subprocess.run(
         [sys.executable, "-c", ATTEMPTS, "plain.yaml"], cwd=place.path, env=environment, text=True,
-        capture_output=True, timeout=400, check=False,
+        capture_output=True, timeout=900, check=False,
     )  # fmt: skip
     assert (place.path / "ended").exists(), ended.stdout + ended.stderr
     assert (place.path / "ended").read_text().startswith("Unchanged: nothing changed since run")
@@ -190,10 +191,34 @@ HELPERS = {
         "import time; from tasks.data.parallel import in_processes\nlist(in_processes(time.sleep, [60, 60]))"
     ),
     "the probe of memory": (
-        "from pathlib import Path; from tasks.scoring.memory import peak_memory_mib\n"
-        "import sys; peak_memory_mib(Path(sys.argv[1]), threads=1, batch_size=1)"
+        "import sys; from pathlib import Path; from tasks.scoring.memory import peak_memory_mib\n"
+        "peak_memory_mib(Path(sys.argv[1]), threads=1, batch_size=1)"
     ),
 }
+
+
+def save_endless(path: Path) -> None:
+    """A model that counts for hours."""
+    value = onnx.helper.make_tensor_value_info
+    flag, number = onnx.TensorProto.BOOL, onnx.TensorProto.FLOAT
+    body = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("Identity", ["go"], ["go_on"]),
+            onnx.helper.make_node("Add", ["sum", "sum"], ["double"]),
+        ],
+        "body",
+        [value("turn", onnx.TensorProto.INT64, []), value("go", flag, []), value("sum", number, None)],
+        [value("go_on", flag, []), value("double", number, None)],
+    )
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Loop", ["turns", "", "input"], ["output"], body=body)],
+        "endless",
+        [value("input", number, ["N", 4])],
+        [value("output", number, ["N", 4])],
+        [onnx.helper.make_tensor("turns", onnx.TensorProto.INT64, [], [2**40])],
+    )
+    opsets = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
 
 
 def children(pid: int) -> list[int]:
@@ -208,9 +233,8 @@ def children(pid: int) -> list[int]:
 @pytest.mark.parametrize("helper", HELPERS)
 def test_helpers_do_not_outlive_a_killed_run(helper: str, tmp_path: Path) -> None:
     """Neither of them would hear of it by itself for minutes."""
-    slow = tmp_path / "slow.onnx"
-    os.mkfifo(slow)  # opening it waits for a writer, so the probe is caught in the middle
-    parent = subprocess.Popen([sys.executable, "-c", HELPERS[helper], str(slow)])
+    save_endless(tmp_path / "endless.onnx")
+    parent = subprocess.Popen([sys.executable, "-c", HELPERS[helper], str(tmp_path / "endless.onnx")])
     try:
         wait_for(lambda: len(children(parent.pid)) >= (2 if "images" in helper else 1), "helpers to start")
         time.sleep(8)  # they have imported what they need, and are at work

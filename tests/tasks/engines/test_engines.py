@@ -13,6 +13,8 @@ import pytest
 from tasks.contracts.errors import EngineError
 from tasks.engines.base import Engine, TensorInfo
 from tasks.engines.onnxruntime import OnnxRuntimeEngine
+from tasks.engines.tensorrt import TensorRtEngine
+from tests.tasks.engines.conftest import plan_maker
 
 # Two logits of a 1x2x2 image: the sum of its pixels, and that sum negated.
 TINY = """
@@ -34,13 +36,21 @@ pair (float[N,2] left, int64[N,2] right) => (float[N,2] up, int64[N,2] down)
 """
 
 Adapter = Callable[[Path], Engine]
-ADAPTERS: list[Adapter] = [lambda path: OnnxRuntimeEngine(path, threads=1)]
 
 
-@pytest.fixture(params=ADAPTERS, ids=["onnxruntime"])
-def adapter(request: pytest.FixtureRequest) -> Adapter:
-    chosen: Adapter = request.param
-    return chosen
+@pytest.fixture(params=["onnxruntime", "tensorrt-double", "tensorrt-gpu"])
+def adapter(request: pytest.FixtureRequest, tmp_path: Path) -> Adapter:
+    """Opens an ONNX file in each runtime; for TensorRT a plan is built from it first."""
+    runtime, _, machine = request.param.partition("-")
+    if runtime == "onnxruntime":
+        return lambda path: OnnxRuntimeEngine(path, threads=1)
+    make_plan = plan_maker(request, machine, tmp_path)
+
+    def open_plan(path: Path) -> Engine:
+        built = make_plan(path)
+        return TensorRtEngine(built.plan, built.key)
+
+    return open_plan
 
 
 def saved(text: str, path: Path) -> Path:

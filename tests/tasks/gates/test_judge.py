@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.contracts.records import Comparison, Compression, Decision, Latency, Memory, Parity, Verdict
+from tasks.contracts.records import Comparison, Compression, Decision, Latency, Memory, Parity, PrecisionAudit, Verdict
 from tasks.contracts.spec import GatesSpec
 from tasks.gates.judge import GATES, judge, metrics_from, rejection_message
 
@@ -21,8 +21,9 @@ GOOD: dict[str, float | None] = {
     "speedup": 2.5,
     "latency": 4.0,
     "memory": 90.0,
+    "int8_macs": 97.0,
 }
-ALL_ON = GatesSpec(max_class_drop=5.0, max_latency_ms=10.0, max_memory_mib=100.0)
+ALL_ON = GatesSpec(max_class_drop=5.0, max_latency_ms=10.0, max_memory_mib=100.0, min_int8_macs=90.0)
 COMPARISON = Comparison(
     top1_drop=0.5,
     top1_drop_interval=(0.1, 0.9),
@@ -46,6 +47,7 @@ def latency(batch_size: int, int8_ms: float) -> Latency:
     return Latency(
         batch_size=batch_size,
         rounds=10,
+        baseline="float32",
         float_ms=times,
         int8_ms=times,
         float_images_per_second=1,
@@ -68,8 +70,9 @@ def test_a_gates_name_says_which_side_is_good() -> None:
 def test_every_gate_has_a_number_that_is_measured() -> None:
     """The numbers that steps produce are those that gates ask for, each from its own record."""
     metrics = metrics_from(
-        COMPARISON, RIVAL, PARITY, COMPRESSION, (latency(1, 7.0), latency(8, 50.0)), Memory(float_mib=200, int8_mib=80)
-    )
+        COMPARISON, RIVAL, PARITY, COMPRESSION, (latency(1, 7.0), latency(8, 50.0)), Memory(float_mib=200, int8_mib=80),
+        PrecisionAudit(layers=(), macs={"int8": 90, "float16": 6, "float32": 0, "unknown": 4}, unplaced=()),
+    )  # fmt: skip
     assert set(metrics) == {gate.metric for gate in GATES.values()}
     assert metrics == {
         "top1_drop": 0.5,
@@ -82,7 +85,18 @@ def test_every_gate_has_a_number_that_is_measured() -> None:
         "speedup": 1.5,
         "latency": 7.0,
         "memory": 80,
+        "int8_macs": 90.0,
     }
+
+
+def test_an_engine_without_an_audit_or_products_has_no_int8_share() -> None:
+    """So that a gate that asks for it fails."""
+    nothing = PrecisionAudit(layers=(), macs={"int8": 0}, unplaced=())
+    for audit in (None, nothing):
+        memory = Memory(float_mib=200, int8_mib=80)
+        metrics = metrics_from(COMPARISON, None, PARITY, COMPRESSION, (latency(1, 7.0),), memory, audit)
+        assert metrics["int8_macs"] is None
+        assert not judge(metrics, GatesSpec.model_validate({**dict.fromkeys(GATES), "min_int8_macs": 50})).passed
 
 
 def test_good_numbers_pass_every_gate() -> None:
@@ -141,7 +155,7 @@ def test_a_rejection_by_every_gate_stays_short_and_counts_the_rest() -> None:
     everything = judge(dict.fromkeys(GOOD, math.nan), ALL_ON)
     assert len(message) <= 200
     assert len(rejection_message(everything)) <= 200
-    assert rejection_message(everything).startswith("10 of 10 gates failed: top1_drop nan, at most 1 points; ")
+    assert rejection_message(everything).startswith("11 of 11 gates failed: top1_drop nan, at most 1 points; ")
     assert rejection_message(everything).endswith(" more")
 
 

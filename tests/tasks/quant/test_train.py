@@ -1,4 +1,4 @@
-"""As a program, `test_train.py FOLDER` trains there and kills itself in the second epoch."""
+"""As a program, `test_train.py FOLDER` trains there and kills itself; with --together it trains beside others."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from tasks.data.preprocess import normalise
 from tasks.quant.calibrate import Progress, calibrate
 from tasks.quant.capture import capture, fold_batch_norm
 from tasks.quant.fake_quantize import Mode
+from tasks.quant.group import Group, joined
 from tasks.quant.schemes import SCHEMES
 from tasks.quant.simulate import Simulation, simulate
 from tasks.quant.train import Feed, Views, answers, distillation_loss, schedule, train
@@ -346,6 +347,48 @@ def test_rate_rises_and_falls() -> None:
     assert schedule(0, 0) == 1
 
 
+def test_two_processes_train_what_one_would(tmp_path: Path) -> None:
+    """Real processes, gradients averaged: the same parameters up to the order of float sums, in both of them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, __file__, str(tmp_path / "two"), "--together"], check=True, env=environment, cwd=ROOT)
+    one, history = trained(tmp_path / "one")
+    alone = {name: tensor for name, tensor in state_of(one).items() if tensor.is_floating_point()}
+    for rank in range(2):
+        found = torch.load(tmp_path / "two" / f"{rank}.pt", weights_only=True)
+        for name, tensor in alone.items():
+            torch.testing.assert_close(found["state"][name], tensor, rtol=1e-4, atol=1e-5)
+        assert found["losses"] == pytest.approx([epoch.selection_loss for epoch in history], rel=1e-4)
+    assert not torch.equal(*(tensor_of(state_of(simulation)) for simulation in (one, badly_calibrated())))
+
+
+def tensor_of(state: dict[str, Tensor]) -> Tensor:
+    """Everything in one."""
+    return torch.cat([tensor.flatten().float() for tensor in state.values()])
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
+    """Before anything is trained."""
+    with pytest.raises(QuantizeError, match="16 images cannot be shared by 3 processes"):
+        train(
+            badly_calibrated(), teacher(), TRAIN, SELECTION, SPEC,
+            seed=0, device=CPU, folder=tmp_path, group=Group(rank=0, size=3),
+        )  # fmt: skip
+
+
+def together(folder: Path) -> None:
+    """One of several processes; each leaves what it has in the end."""
+    torch.set_num_threads(1)
+    folder.mkdir(exist_ok=True)
+    with joined(CPU) as group:
+        simulation = badly_calibrated()
+        history = train(
+            simulation, teacher(), TRAIN, SELECTION, SPEC, seed=0, device=CPU, folder=folder, group=group
+        )  # fmt: skip
+        found = {"state": state_of(simulation), "losses": [epoch.selection_loss for epoch in history]}
+        torch.save(found, folder / f"{group.rank}.pt")
+
+
 def main(folder: Path) -> None:
     """Train until the middle of the second epoch, then die without a word."""
 
@@ -359,4 +402,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    (together if "--together" in sys.argv else main)(Path(sys.argv[1]))

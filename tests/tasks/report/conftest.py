@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 
@@ -13,24 +15,34 @@ from tasks.contracts.records import (
     DataCheck,
     DataRecord,
     Draws,
+    EngineLayer,
     EngineRecord,
     Epoch,
     ExportRecord,
     Finding,
+    GpuEnergy,
+    GpuSpeed,
+    GpuState,
     LayerCost,
     LayerError,
+    LayerPrecision,
     Memory,
     ModelRecord,
     Offender,
     Parity,
+    Precision,
+    PrecisionAudit,
     QuantizedRecord,
 )
 from tasks.contracts.spec import GatesSpec, PreprocessSpec, QuantSpec, RunSpec
+from tasks.engines.base import Timing
 from tasks.gates.judge import judge, metrics_from
 from tasks.report.content import RunReport
 from tasks.scoring.accuracy import Predictions, accuracy_of, compare
-from tasks.scoring.latency import latency_of
+from tasks.scoring.gpu_latency import Runs, against_the_faster, timing_of
+from tasks.scoring.latency import latency_of, slower_notes
 
+PRECISIONS: tuple[Precision, ...] = ("int8", "float16", "float32")
 CLASSES = ("tench", "springer", "cassette", "saw", "church", "horn", "truck", "pump", "ball", "parachute")
 PREPROCESS = PreprocessSpec(resize=256, crop=224)
 
@@ -224,6 +236,96 @@ def report() -> RunReport:
 def rejected() -> RunReport:
     """Trained, and still too far from the float model."""
     return build_report(drop=0.15, epochs=8).model_copy(update={"notes": ("This CPU shows no VNNI instructions.",)})
+
+
+@pytest.fixture(scope="session")
+def on_gpu(report: RunReport) -> RunReport:
+    """By TensorRT: FP16 wins at batch 1, a classifier and a stem stay float, and Myelin's names are long."""
+    rng = np.random.default_rng(3)
+    costs = {"int8": 0.36, "float16": 0.28, "float32": 0.62}
+    by_batch: dict[int, dict[Precision, Runs]] = {}
+    timings = []
+    for batch, graph, transfers in product((1, 8, 32), (False, True), (True, False)):
+        runs: dict[Precision, Runs] = {}
+        for kind in PRECISIONS:
+            work = costs[kind] * (0.6 + 0.4 * batch * (0.5 if kind == "int8" else 1))
+            runs[kind] = Runs(
+                [
+                    Timing(
+                        h2d_ms=0.05 * batch * transfers,
+                        compute_ms=work * rng.gamma(3000, 1 / 3000),
+                        d2h_ms=0.01 * transfers,
+                        enqueue_ms=0.02 if graph else 0.29,
+                    )
+                    for _ in range(300)
+                ],
+                seconds=300 * (work + 0.1) / 1000,
+            )
+            timings.append(timing_of(kind, batch, runs[kind], transfers=transfers, graph=graph))
+        if transfers and not graph:
+            by_batch[batch] = runs
+    latencies = tuple(against_the_faster(batch, runs) for batch, runs in by_batch.items())
+    state = GpuState(
+        name="NVIDIA A10", driver="580.65.06", sm_clock_mhz=1695, memory_clock_mhz=6251, temperature_c=47,
+        power_w=61.2, memory_used_mib=1210.0, persistence=True, slowdowns=(), processes=None,
+    )  # fmt: skip
+    hot = state.model_copy(update={"temperature_c": 71, "power_w": 148.9, "slowdowns": ("software power cap",)})
+    energies = tuple(
+        GpuEnergy(precision=kind, batch_size=batch, num_inferences=4000, seconds=2.0, watts=watts,
+                  joules_per_image=2 * watts / (4000 * batch), source="energy counter")
+        for batch in (1, 8, 32)
+        for kind, watts in zip(PRECISIONS, (92.0, 118.0, 149.0), strict=True)
+    )  # fmt: skip
+    gpu = GpuSpeed(
+        timings=tuple(timings), energies=energies, memory_mib={"int8": 41.5, "float16": 58.0, "float32": 96.0},
+        before=state, after=hot, notes=("The GPU's clocks were held down after measuring: software power cap.",),
+    )  # fmt: skip
+    return report.model_copy(
+        update={
+            "latencies": latencies,
+            "gpu": gpu,
+            "hardware": "NVIDIA A10",
+            "notes": slower_notes(latencies),
+            "engine": report.engine.model_copy(
+                update={"runtime": "tensorrt", "version": "10.13.3", "audit": an_audit(report.export.compression)}
+            ),
+        }
+    )
+
+
+def an_audit(compression: Compression) -> PrecisionAudit:
+    """Of an engine that leaves the stem in FP16 and the classifier in FP32."""
+
+    def layer(name: str, macs: int, precision: LayerPrecision, **more: str) -> EngineLayer:
+        return EngineLayer.model_validate(
+            {
+                "name": name, "kind": "CaskConvolution", "role": "compute", "precision": precision, "reads": precision,
+                "writes": precision, "tactic": "", "layers": (name,), "macs": macs, **more,
+            }
+        )  # fmt: skip
+
+    stem, *middle, first, last = compression.layers
+    copies = [
+        layer(f"Reformatting CopyNode for Input Tensor 0 to {name}", 0, "float16", role="reformat", kind="Reformat",
+              writes="int8")
+        for name in ("features.0.1", "features.1.0 + features.1.1")
+    ]  # fmt: skip
+    myelin = "__myl_" + "MulAddCast" * 20 + "_myl0_8"
+    layers = (
+        layer("node_quantize_per_tensor", 0, "float32", role="quantize", kind="Reformat", writes="int8"),
+        layer(stem.layer, stem.macs, "float16"),
+        *copies,
+        *(layer(part.layer, part.macs, "int8") for part in middle),
+        layer(myelin, 0, "float16", kind="kgen"),
+        layer(f"{first.layer} + <b>|relu", first.macs, "float32", kind="gemm"),
+    )
+    macs = {
+        "int8": sum(part.macs for part in middle),
+        "float16": stem.macs,
+        "float32": first.macs,
+        "unknown": last.macs,
+    }
+    return PrecisionAudit(layers=layers, macs=macs, unplaced=(last.layer,))
 
 
 @pytest.fixture(scope="session")

@@ -63,6 +63,7 @@ def test_units_limits_and_titles() -> None:
     assert with_unit(math.nan, "ms") == "not a number"
     assert limit_of(verdict()) == "at most 0.125 points"
     assert title_of(verdict()) == "Top-1 drop"
+    assert title_of(verdict("min_int8_macs")) == "INT8 multiply-accumulates"
 
 
 def test_a_drop_whose_interval_crosses_its_limit_is_doubted(report: RunReport) -> None:

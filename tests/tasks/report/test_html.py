@@ -109,6 +109,32 @@ def test_training_is_left_out_when_there_was_none(passed_page: str, rejected_pag
     assert rejected_page.count("<picture>") == 2
 
 
+def test_a_gpus_numbers_are_shown_when_there_are_any(on_gpu: RunReport, passed_page: str) -> None:
+    """Every timing is a row; the audit has a picture and its layers; without either there is no section."""
+    text = as_html(on_gpu)
+    page = Page(text)
+    assert on_gpu.gpu
+    assert on_gpu.engine.audit
+    assert text.count("<picture>") == 2
+    assert text.count('<tr class="group">') == len(on_gpu.gpu.timings) / 3
+    timing = on_gpu.gpu.timings[0]
+    for part in (
+        f"{timing.latency.p99:.3f} {timing.latency.min:.3f} {timing.latency.max:.3f}",
+        "FP16 is faster than INT8 at batch 1",
+        "over FP16",
+        "energy counter",
+        "software power cap",
+        "INT8 41.5 MiB",
+        "Not found in the engine, or contradicted: classifier.3.",
+        "Reformatting CopyNode for Input Tensor 0 to features.0.1 reformat float16 int8",
+        "classifier.0 + <b>|relu",
+    ):
+        assert part in page.text(), part
+    assert "<b>" not in text
+    for words in ("On the GPU", "Which precision each layer runs in", "over FP16"):
+        assert words not in passed_page
+
+
 def test_names_from_outside_stay_text(hostile: RunReport) -> None:
     """A class may be called what it likes."""
     text = as_html(hostile)

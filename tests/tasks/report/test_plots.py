@@ -6,11 +6,12 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 from tasks.contracts.records import LayerError
 from tasks.report.content import RunReport
-from tasks.report.plots import DARK, LIGHT, Palette, image_of, summary_figure, training_figure
+from tasks.report.plots import DARK, LIGHT, Palette, audit_figure, image_of, summary_figure, training_figure
 
 
 def luminance(colour: str) -> float:
@@ -74,9 +75,29 @@ def test_layers_without_a_finite_ratio_do_not_spoil_the_picture(report: RunRepor
     assert image_of(figure, "png")
 
 
+def test_precisions_are_stacked(on_gpu: RunReport) -> None:
+    """What the graph asks for above what the engine runs; the engine's shares fill its bar."""
+    (axes,) = audit_figure(on_gpu).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["graph", "engine"]
+    bars = [bar for bar in axes.patches if isinstance(bar, Rectangle)]
+    asked, runs = bars[::2], bars[1::2]
+    compression = on_gpu.export.compression
+    assert [bar.get_width() for bar in asked] == [100 * compression.int8_macs / compression.macs, 0, 0, 0]
+    assert sum(bar.get_width() for bar in runs) == pytest.approx(100)
+    assert all(bar.get_width() > 0 for bar in runs)
+    assert [bar.get_x() for bar in runs[1:]] == pytest.approx([bar.get_x() + bar.get_width() for bar in runs[:-1]])
+    assert image_of(audit_figure(on_gpu, DARK), "svg").startswith(b"<?xml")
+
+
+def test_a_speedup_over_half_precision_says_so(on_gpu: RunReport) -> None:
+    """Its bars are of the FP16 engine."""
+    labels = [label.get_text() for label in summary_figure(on_gpu).axes[2].get_xticklabels()]
+    assert labels[0] == "batch 1\nspeedup 0.97\nover FP16"
+
+
 @pytest.mark.parametrize("palette", [LIGHT, DARK], ids=["light", "dark"])
 def test_colours_can_be_read(palette: Palette) -> None:
     """WCAG: 7 to 1 for text, 3 to 1 for what must be told from the paper."""
     assert contrast(palette.ink, palette.paper) > 7
-    for colour in (palette.of_float, palette.of_int8, palette.alarm):
+    for colour in (palette.of_float, palette.of_int8, palette.of_half, palette.alarm):
         assert contrast(colour, palette.paper) > 3

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from tasks.scoring.latency import Feed, latency_of, measure_latency
+from tasks.scoring.latency import Feed, latency_of, measure_latency, slower_notes
 
 FEEDS: dict[int, Feed] = {
     1: {"pixels": np.zeros((1, 3, 4, 4), np.float32)},
@@ -30,6 +30,20 @@ def test_quartiles_compare_neighbours_in_time() -> None:
     """When the machine is slow for a while, both are slow: the ratio holds, whatever the medians do."""
     slow = np.array([1, 1, 1, 5, 5, 5])
     assert latency_of(1, 2.0 * slow, 1.0 * slow).speedup_quartiles == (2, 2)
+
+
+def test_where_int8_does_not_pay_a_sentence_says_so() -> None:
+    """By the medians, and naming what it was compared with."""
+    ones = np.ones(3)
+    slower = latency_of(1, 2 * ones, 2.5 * ones, baseline="float16")
+    faster = latency_of(8, 2 * ones, 1.9 * ones, baseline="float16")
+    on_cpu = latency_of(32, 2 * ones, 4 * ones)
+    assert slower_notes((slower, faster, on_cpu)) == (
+        "FP16 is faster than INT8 at batch 1: 2 ms against 2.5 ms. Release the FP16 engine instead, or find out which "
+        "layers INT8 slows down.",
+        "Float is faster than INT8 at batch 32: 2 ms against 4 ms. Release the float model instead, or find out which "
+        "layers INT8 slows down.",
+    )
 
 
 def test_float_and_int8_take_turns() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tasks.contracts.records import ArtifactRef, Decision, EngineRecord
-from tasks.contracts.release import Candidate, Provenance, Scores, Serving, Tensor
+from tasks.contracts.records import ArtifactRef, Decision, EngineRecord, Tensor
+from tasks.contracts.release import Candidate, Provenance, Scores, Serving
 from tasks.contracts.spec import PreprocessSpec
 from tasks.stores.base import Store
 
