@@ -4,7 +4,7 @@
     models/<name>/champion       the release that production serves, and the log of all promotions
     models/<name>/settled        what decided the last good run, written last by each of them
 
-The first two rest on compare-and-set alone. Whoever is killed in between leaves a release that nobody serves, and no more.
+The first two rest on compare-and-set alone: whoever is killed in between leaves a release that nobody serves, no more.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ night    runs in which nothing has changed. total: from their creation to their 
          has loaded Prefect and the flow and begins; flow: from there to the end. ours: flow, and what loading the flow
          adds to loading Prefect, measured in turns in processes of their own. ours, CPU: the same in seconds of CPU,
          which other work on the machine does not stretch: such a night in a process, less one with an empty flow.
-resume   a run killed while it measures the engine, its last step, and retried: what the second attempt computed
+resume   a run killed in check_parity, its last step, and retried: what the second attempt computed
 queue    `--models` models at once on `--workers` workers of one run each, with every step to do and again with nothing
          changed, on `--database` sqlite or postgresql (a server of its own, by Debian's package)
 
@@ -63,7 +63,7 @@ assert requantize(spec_from(json.loads(sys.argv[1]), origin="bench"), return_sta
 WITH_FLOW = "import prefect.flow_engine, flows.requantize"
 
 
-def spec_of(number: int, *, rounds: int = 10) -> dict[str, Any]:
+def spec_of(number: int) -> dict[str, Any]:
     """Every number has splits of its own, so no model takes a step from another."""
     return {
         "name": f"digits{number}",
@@ -71,7 +71,7 @@ def spec_of(number: int, *, rounds: int = 10) -> dict[str, Any]:
         "model": {"architecture": NETWORK, "weights": "digits.safetensors"},
         "data": {"source": "digits", "calibration": 64, "selection": 64, "gate": 128,
                  "checks": {"num_calibration": {"low": 32}}},
-        "evaluation": {"latency_batch_sizes": [1], "latency_rounds": rounds},
+        "evaluation": {"latency_batch_sizes": [1], "latency_rounds": 10},
         "gates": dict.fromkeys(GatesSpec.model_fields),
     }  # fmt: skip
 
@@ -154,19 +154,19 @@ def _cpu_s(command: list[str], place: Installation, world: World) -> float:
 
 
 def resume(place: Installation, world: World) -> bool:
-    spec = spec_of(1000, rounds=20_000)
-    run = world.run(place, spec)
-    wait_for(lambda: list((world.folder / "store/steps").glob("check_parity/*")), "the last step", limit_s=900)
-    time.sleep(1)
+    steps = world.folder / "store/steps"
+    before = set(steps.glob("*/*"))
+    run = world.run(place, spec_of(1000))
+    wait_for(lambda: set(steps.glob("measure_engine/*")) - before, "the last step", limit_s=900)
     for pid in processes_of(run):
         os.kill(pid, signal.SIGKILL)
     place.wait(run, "CRASHED")
-    first = sorted(path.parent.name for path in (world.folder / "store/steps").glob("*/*"))
+    finished = set(steps.glob("*/*")) - before
     start = time.perf_counter()
     place.retry(run)
     ended(place, [run], 900)
     done = [line.partition(":")[0] for line in place.log(run) if ": done in" in line]
-    print(f"killed while measuring, with {len(first)} steps finished; retried, {time.perf_counter() - start:.1f} s; "
+    print(f"killed in check_parity, with {len(finished)} steps finished; retried, {time.perf_counter() - start:.1f} s; "
           f"computed in both attempts: {dict(Counter(done))}")  # fmt: skip
     return set(Counter(done).values()) == {1}
 

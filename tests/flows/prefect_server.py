@@ -146,7 +146,7 @@ def processes_of(run: str) -> list[int]:
     return found
 
 
-def wait_for(happened: Callable[[], object], what: str, *, limit_s: float = 180) -> None:
+def wait_for(happened: Callable[[], object], what: str, *, limit_s: float = 300) -> None:
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
         try:
