@@ -320,9 +320,15 @@ def _run(spec: RunSpec) -> None:
         from prefect import tags
 
         from flows.requantize import requantize
+        from tasks.find_changes import is_unchanged
         from tasks.report.content import headline
         from tasks.report.gpu import gpu_lines
         from tasks.step import run_prefix
+
+        if not is_unchanged(spec):
+            import tasks.check_data
+            import tasks.check_parity
+            import tasks.publish_report  # noqa: F401 - with PyTorch and all that the steps take seconds to load
 
     with tags("requant", f"model:{spec.name}", f"runtime:{spec.target.runtime}"):  # to filter by, on a server
         report = requantize(spec)

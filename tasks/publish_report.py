@@ -29,7 +29,7 @@ from tasks.report.html import as_html
 from tasks.report.markdown import as_markdown, gate_rows
 from tasks.report.plots import image_of, summary_figure
 from tasks.scoring.latency import slower_notes
-from tasks.step import LIBRARIES, disk_errors, run_id, run_prefix, step, the_store
+from tasks.step import LIBRARIES, artifact_key, disk_errors, run_id, run_prefix, step, the_store
 from tasks.stores.base import Store
 from tasks.stores.steps import library_versions
 
@@ -107,12 +107,14 @@ def _store_all(store: Store, prefix: str, report: RunReport) -> None:
 
 
 def _show(report: RunReport, place: str) -> None:
-    name = report.spec.name.replace("_", "-").replace(".", "-")  # all that a Prefect key may hold
-    create_table_artifact(gate_rows(report.decision), key=f"gates-{name}", description="Gates: measured and agreed")
-    create_markdown_artifact(as_markdown(report), key=f"report-{name}", description=place)
+    name = report.spec.name
+    create_table_artifact(
+        gate_rows(report.decision), key=artifact_key("gates", name), description="Gates: measured and agreed"
+    )
+    create_markdown_artifact(as_markdown(report), key=artifact_key("report", name), description=place)
     picture = base64.b64encode(image_of(summary_figure(report), "png")).decode()
     create_image_artifact(
         f"data:image/png;base64,{picture}",
-        key=f"picture-{name}",
+        key=artifact_key("picture", name),
         description="Accuracy, size and latency of float and INT8; error by layer",
     )

@@ -28,6 +28,7 @@ from tasks.data.images import prepare_images
 from tasks.models.architectures import build_model
 from tasks.models.weights import save_weights
 from tasks.report.content import RunReport
+from tests.flows.prefect_server import Installation, installation
 
 if TYPE_CHECKING:
     from tests.flows.production import Production
@@ -250,6 +251,13 @@ def _kept_log() -> Iterator[list[str]]:
         yield lines
     finally:
         logger.removeHandler(handler)
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
+    """A server and a worker for all tests that kill one, or what it runs."""
+    with installation(tmp_path_factory.mktemp("installation")) as place:
+        yield place
 
 
 @pytest.fixture(scope="session")
