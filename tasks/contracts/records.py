@@ -183,7 +183,7 @@ class LayerCost(Record):
     op_type: str
     parameters: int
     macs: int
-    precision: Literal["int8", "float16", "float32"]
+    precision: Precision
 
 
 class Compression(Record):
