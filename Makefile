@@ -4,7 +4,7 @@ UV ?= uv
 VENV := .venv
 STAMP := $(VENV)/.stamp
 
-.PHONY: demo test check lock clean
+.PHONY: demo test check gpu-check lock clean
 
 demo: $(STAMP)  ## a digits classifier, from training to a judged INT8 engine
 	$(VENV)/bin/requant demo
@@ -16,6 +16,9 @@ check: $(STAMP)  ## lint, format and types
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
+
+gpu-check: $(STAMP)  ## all that only a GPU can prove, into docs/results-gpu.md
+	PYTHONPATH=. $(VENV)/bin/python tests/benchmarks/gpu_check.py
 
 lock:  ## pin what pyproject.toml asks for
 	$(UV) pip compile --universal --no-strip-extras --python-version 3.11 --generate-hashes \

@@ -22,7 +22,7 @@ from rich.text import Text
 from tasks.contracts.errors import DataRejected, GateRejected, RequantError, SpecError
 from tasks.contracts.fleet import WorkerType
 from tasks.contracts.settings import Settings
-from tasks.contracts.spec import RunSpec, read_spec, spec_from
+from tasks.contracts.spec import RunSpec, SchemeName, read_spec, spec_from
 
 if TYPE_CHECKING:
     from flows.registry import Registry
@@ -114,6 +114,24 @@ def check_data(
         console.print(line, markup=False, highlight=False)
     console.print(f"report: {place}", markup=False, highlight=False)
     if checked.breaches:
+        sys.exit(3)
+
+
+@app.command()
+def lint(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="Any ONNX file with Q/DQ.")],
+    target: Annotated[SchemeName, typer.Option(help="Whose rules.")] = "tensorrt",
+    data: Annotated[
+        Path | None, typer.Option(help="A .npy file of preprocessed images, float32 [N, C, H, W], to judge scales by.")
+    ] = None,
+) -> None:
+    """What keeps a graph from running, or from running fast, on its target. Exit status 3 if there are errors."""
+    from flows.lint import lines_of, lint_file
+
+    findings = lint_file(model, target, data)
+    for line in lines_of(findings, f"{model.name} for {target}"):
+        typer.echo(line)
+    if any(finding.severity == "error" for finding in findings):
         sys.exit(3)
 
 

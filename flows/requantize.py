@@ -42,6 +42,7 @@ def requantize(spec: RunSpec, trigger: Trigger = "by hand", cause: str | None = 
     from flows.build import build_and_score, quantize
     from tasks.check_data import check_data
     from tasks.check_parity import check_parity
+    from tasks.check_runtime import check_runtime
     from tasks.choose_calibration import choose_calibration
     from tasks.compare_draws import compare_draws
     from tasks.export_model import export_model
@@ -52,6 +53,7 @@ def requantize(spec: RunSpec, trigger: Trigger = "by hand", cause: str | None = 
     from tasks.release_engine import release_engine
     from tasks.score_float import score_float
 
+    check_runtime(spec)  # what cannot be built should not be trained
     check = check_data(spec)  # what cannot be trusted ends the run here
     data = prepare_data(spec)
     model = load_model(spec, data)

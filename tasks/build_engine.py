@@ -6,11 +6,13 @@ from pathlib import Path
 
 from prefect import get_run_logger
 
-from tasks.contracts.records import ArtifactRef, EngineRecord, ExportRecord, Tensor
+from tasks.contracts.errors import EngineError
+from tasks.contracts.records import ArtifactRef, EngineRecord, ExportRecord, PrecisionAudit, Tensor
 from tasks.contracts.settings import Settings
 from tasks.contracts.spec import RunSpec, TargetSpec
 from tasks.engines.base import Engine, TensorInfo
 from tasks.engines.hardware import gpu_hardware, hardware
+from tasks.engines.inspector import audit
 from tasks.engines.plan import timing_cache_key
 from tasks.engines.runtimes import open_onnx
 from tasks.engines.tensorrt import TensorRtEngine, this_machine
@@ -98,7 +100,22 @@ def _planned(spec: RunSpec, exported: ExportRecord, store: Store, work: Path) ->
     built = build_plan_of(exported.int8_onnx, spec.target, work, "the INT8 engine")
     engine = TensorRtEngine(built.plan, built.key, gpu=the_gpu())
     described = _described(engine, store.put(built.plan, kind="plans"), spec.target)
-    return described.model_copy(update={"plan": built.key, "device_memory_bytes": built.device_memory_bytes})
+    return described.model_copy(
+        update={
+            "plan": built.key,
+            "device_memory_bytes": built.device_memory_bytes,
+            "audit": _audited(built, exported),
+        }
+    )
+
+
+def _audited(built: BuiltPlan, exported: ExportRecord) -> PrecisionAudit | None:
+    """None where TensorRT tells it in a form that we do not know: a gate on it fails then, and no other."""
+    try:
+        return audit(built.layers.read_text(encoding="utf-8"), exported.compression.layers)
+    except EngineError as error:
+        get_run_logger().warning("precisions are not audited: %s", error)
+        return None
 
 
 def _described(engine: Engine, ref: ArtifactRef, target: TargetSpec) -> EngineRecord:

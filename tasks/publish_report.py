@@ -94,8 +94,9 @@ def _notes(built: Built, parity: Parity, exported: ExportRecord) -> tuple[str, .
     apart = [f"{layer.layer} ({layer.max_steps:.0f} steps)" for layer in steps_apart(parity.layers)]
     said = f"The runtime differs from the simulation by more than one step in {', '.join(apart)}."
     lint = (f"Lint: {warning}." for warning in exported.warnings)
+    half = (f"FP16: {note}." for note in exported.half_notes)
     slower = slower_notes(built.speed.latencies)
-    return (*(int8_notes() if built_here else ()), *slower, *([said] if apart else ()), *lint)
+    return (*(int8_notes() if built_here else ()), *slower, *([said] if apart else ()), *lint, *half)
 
 
 def _store_all(store: Store, prefix: str, report: RunReport) -> None:

@@ -183,7 +183,7 @@ class LayerCost(Record):
     op_type: str
     parameters: int
     macs: int
-    precision: Literal["int8", "float32"]
+    precision: Precision
 
 
 class Compression(Record):
@@ -213,9 +213,11 @@ class ExportRecord(Record):
     """The float and the INT8 graph, linted."""
 
     float_onnx: ArtifactRef
-    int8_onnx: ArtifactRef
+    half_onnx: ArtifactRef | None = None  # the float graph in float16, for TensorRT alone
+    int8_onnx: ArtifactRef  # what is not INT8 is float32, or float16 where the target asks for that
     opset: int
     warnings: tuple[str, ...] = ()  # of the lint; what is worse is refused
+    half_notes: tuple[str, ...] = ()  # what float16 did not simply round, in the engine's graph
     compression: Compression
 
 
@@ -307,7 +309,7 @@ class Latency(Record):
 
 
 class Memory(Record):
-    """Peak resident memory of a fresh process that loads one model and runs it."""
+    """Peak resident memory of a fresh process that loads one model and runs it; on a GPU, what it holds there."""
 
     float_mib: float
     int8_mib: float

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import onnx
 
-from tasks.contracts.spec import TargetSpec
+from tasks.contracts.spec import Runtime, TargetSpec
 from tasks.engines.base import Engine
-from tasks.engines.onnxruntime import CUDA, TENSORRT, OnnxRuntimeEngine
+from tasks.engines.onnxruntime import CPU, CUDA, TENSORRT, OnnxRuntimeEngine, require
+
+PROVIDERS: dict[Runtime, str] = {"onnxruntime": CPU, "onnxruntime-cuda": CUDA, "onnxruntime-tensorrt": TENSORRT}
 
 
 def open_onnx(path: Path, target: TargetSpec, gpu: int | None) -> Engine:
@@ -17,12 +19,19 @@ def open_onnx(path: Path, target: TargetSpec, gpu: int | None) -> Engine:
     Args:
         gpu: index of the GPU; None for the CPU.
     """
-    if target.runtime == "onnxruntime-cuda":
-        return OnnxRuntimeEngine(path, threads=target.threads, provider=CUDA, provider_options={"device_id": str(gpu)})
+    options = {} if gpu is None else {"device_id": str(gpu)}
     if target.runtime == "onnxruntime-tensorrt":
-        options = {"device_id": str(gpu), **tensorrt_options(path, target)}
-        return OnnxRuntimeEngine(path, threads=target.threads, provider=TENSORRT, provider_options=options)
-    return OnnxRuntimeEngine(path, threads=target.threads)
+        options |= tensorrt_options(path, target)
+    return OnnxRuntimeEngine(path, threads=target.threads, provider=PROVIDERS[target.runtime], provider_options=options)
+
+
+def require_provider(target: TargetSpec) -> None:
+    """Refuse a target whose provider is not installed.
+
+    Raises:
+        EngineError: naming those that are.
+    """
+    require(PROVIDERS[target.runtime])
 
 
 def tensorrt_options(path: Path, target: TargetSpec) -> dict[str, str]:

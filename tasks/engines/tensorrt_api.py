@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import platform
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
 from threading import Lock
 
@@ -51,6 +53,16 @@ def failed(doing: str, mark: int, otherwise: str = "") -> EngineError:
     """The error for a None or a False, with all that TensorRT has said since `mark`."""
     said = "; ".join(LOG.since(mark)) or "TensorRT gave no reason"
     return EngineError(f"TensorRT failed while {doing}: {said}.", remedy=remedy_for(said, otherwise))
+
+
+@contextmanager
+def tensorrt_errors(doing: str) -> Iterator[None]:
+    """What TensorRT's C++ throws reaches Python as RuntimeError; here it becomes ours, chained."""
+    mark = LOG.mark()
+    try:
+        yield
+    except RuntimeError as error:
+        raise failed(f"{doing}, by {error}", mark) from error
 
 
 def make_builder() -> trt.Builder:

@@ -19,7 +19,7 @@ from tasks.contracts.spec import TensorRtSpec
 from tasks.engines.child import Progress
 from tasks.engines.cuda import check_free_memory, cuda_errors, on_gpu
 from tasks.engines.faults import remedy_for
-from tasks.engines.tensorrt_api import LOG, failed, make_builder, make_runtime, sizes, this_machine
+from tasks.engines.tensorrt_api import LOG, failed, make_builder, make_runtime, sizes, tensorrt_errors, this_machine
 from tasks.engines.tensorrt_build import BuiltPlan, Request
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def build(request: Request, folder: Path, progress: Progress) -> BuiltPlan:
         EngineError: with TensorRT's own reason.
     """
     started, mark = time.monotonic(), LOG.mark()
-    with on_gpu(request.gpu), cuda_errors(f"building {request.onnx.name}"):
+    task = f"building {request.onnx.name}"
+    with cuda_errors(task), on_gpu(request.gpu), tensorrt_errors(task):
         check_free_memory(request.gpu, request.free_mib)
         plan, profile = compile_plan(request, folder, progress)
         device_memory = inspect(plan, profile, request, folder)
@@ -128,11 +129,8 @@ def add_profile(
     if not any(-1 in sizes(tensor.shape) for tensor in inputs):
         return shapes
     profile, mark = builder.create_optimization_profile(), LOG.mark()
-    try:
-        for tensor_name, (low, tuned, high) in shapes.items():
-            profile.set_shape(tensor_name, trt.Dims(low), trt.Dims(tuned), trt.Dims(high))
-    except (RuntimeError, ValueError) as error:
-        raise EngineError(f"TensorRT refuses batches of {list(spec.batch)} for {name}: {error}.") from error
+    for tensor_name, (low, tuned, high) in shapes.items():
+        profile.set_shape(tensor_name, trt.Dims(low), trt.Dims(tuned), trt.Dims(high))
     if not profile or config.add_optimization_profile(profile) < 0:
         raise failed(f"taking batches of {list(spec.batch)} for {name}", mark, "Mend target.tensorrt.batch.")
     return shapes

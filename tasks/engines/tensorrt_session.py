@@ -18,7 +18,7 @@ import tensorrt as trt
 from tasks.contracts.errors import EngineError
 from tasks.engines.base import TensorInfo, Timing
 from tasks.engines.cuda import Gpu, Lane, cuda_errors, free_mib
-from tasks.engines.tensorrt_api import LOG, failed, make_runtime, sizes
+from tasks.engines.tensorrt_api import LOG, failed, make_runtime, sizes, tensorrt_errors
 
 DTYPES = {  # of inputs and outputs
     trt.DataType.FLOAT: np.float32,
@@ -119,8 +119,9 @@ class Session:
 
     @contextmanager
     def _at_work(self, doing: str) -> Iterator[None]:
-        """The GPU is this thread's alone, and what CUDA refuses is an EngineError."""
-        with self._lock, self._gpu.current(), cuda_errors(f"{doing} {self._name}"):
+        """The GPU is this thread's alone, and what CUDA and TensorRT refuse is an EngineError."""
+        task = f"{doing} {self._name}"
+        with self._lock, cuda_errors(task), self._gpu.current(), tensorrt_errors(task):
             yield
 
     def _load(self, plan: bytes, *, host_code: bool) -> None:

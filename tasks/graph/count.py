@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from math import prod
 from pathlib import Path
+from typing import Literal
 
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import NodeProto, TensorProto
 
 from tasks.contracts.errors import ExportError
 from tasks.contracts.records import Compression, LayerCost
-from tasks.graph.lint import Graph, name_of, size_bytes
+from tasks.graph.index import Graph, name_of, read_onnx, size_bytes
 
 Shape = tuple[int, ...]
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
@@ -44,7 +44,7 @@ def compression(float_path: Path, int8_path: Path, input_shape: Shape) -> Compre
     Raises:
         ExportError: if a file cannot be read, or a graph cannot be counted.
     """
-    float_model, int8_model = _load(float_path), _load(int8_path)
+    float_model, int8_model = read_onnx(float_path), read_onnx(int8_path)
     parameters = sum(prod(tensor.dims) for tensor in Graph(float_model).constants.values() if _is_parameter(tensor))
     if not parameters:
         raise ExportError(f"{float_path.name} holds no float parameters.", remedy="Name the float model first.")
@@ -66,13 +66,6 @@ def compression(float_path: Path, int8_path: Path, input_shape: Shape) -> Compre
 def _is_parameter(tensor: TensorProto) -> bool:
     """Scalars are bounds and factors of operators, not parameters."""
     return tensor.data_type in FLOATS and len(tensor.dims) > 0
-
-
-def _load(path: Path) -> onnx.ModelProto:
-    try:
-        return onnx.load(path)
-    except (OSError, DecodeError) as error:
-        raise ExportError(f"{path} cannot be read: {error}.", remedy="Name an ONNX file.") from error
 
 
 def _shapes(model: onnx.ModelProto, input_shape: Shape) -> dict[str, Shape]:
@@ -118,7 +111,7 @@ def _cost(graph: Graph, layer: NodeProto, shapes: dict[str, Shape]) -> LayerCost
         op_type=layer.op_type,
         parameters=prod(weight) + (prod(shapes[bias]) if bias in graph.roots else 0),
         macs=_macs(layer.op_type, data, weight, output),
-        precision="int8" if _computes_in_int8(graph, layer) else "float32",
+        precision="int8" if _computes_in_int8(graph, layer) else _float_type(graph, layer),
     )
 
 
@@ -136,6 +129,14 @@ def _computes_in_int8(graph: Graph, layer: NodeProto) -> bool:
     """Whether both operands come from 8-bit integers."""
     dequantizes = (graph.input_dequantize(layer), graph.weight_dequantize(layer))
     return all(node is not None and _integer_type(graph, node) in BYTES for node in dequantizes)
+
+
+def _float_type(graph: Graph, layer: NodeProto) -> Literal["float16", "float32"]:
+    """That of the weight as the layer reads it: its constant's, or of the scale that dequantizes it."""
+    dequantize = graph.weight_dequantize(layer)
+    name = graph.roots[layer.input[1]] if dequantize is None else dequantize.input[1]
+    tensor = graph.constants.get(name)  # a computed scale is no constant
+    return "float16" if tensor is not None and tensor.data_type == TensorProto.FLOAT16 else "float32"
 
 
 def _integer_type(graph: Graph, dequantize: NodeProto) -> int:

@@ -24,6 +24,7 @@ from tasks.contracts.errors import SpecError
 from tasks.contracts.spec import SchemeName
 from tasks.quant.capture import CONVOLUTIONS, WEIGHTED, aten, layer_of
 from tasks.quant.fake_quantize import FakeQuantizer, PerChannelFakeQuantizer
+from tasks.quant.integer_kernels import convolution_is_worth_integer, product_is_worth_integer
 
 # A ReLU costs nothing behind an integer layer: the layer's own saturation does it.
 SATURATING = (aten.relu.default, aten.hardtanh.default)
@@ -260,6 +261,7 @@ def plan_tensorrt(graph: GraphModule, keep_float: frozenset[str]) -> Plan:
             skip = _skip_operand(_operands(node), plan)
             if skip is not None:
                 plan.quantize(skip)
+    _keep_integers_together(plan)
     return plan
 
 
@@ -279,11 +281,23 @@ def _worth_integer(layer: Node) -> bool:
     """Whether TensorRT has a fast integer kernel for the layer's channels."""
     outputs, inputs, *kernel = layer.args[1].meta["val"].shape  # type: ignore[union-attr]
     if layer.target not in CONVOLUTIONS:
-        return bool(outputs >= 16 and inputs >= 16)
+        return product_is_worth_integer(outputs, inputs)
     groups = int(layer.args[6]) if len(layer.args) > 6 else 1  # type: ignore[arg-type]
-    if groups > 1:
-        return bool(outputs % 8 == 0 and all(side >= 3 for side in kernel)) or (outputs >= 16 and inputs >= 16)
-    return bool(outputs >= 16 and inputs >= 16) or (outputs % 8 == 0 or inputs % 8 == 0)
+    reads_image = layer.args[0].op == "placeholder"  # type: ignore[union-attr]
+    return convolution_is_worth_integer(outputs, inputs, kernel, groups, reads_image=reads_image)
+
+
+def _keep_integers_together(plan: Plan) -> None:
+    """A pooling between two integer tensors computes on integers; a tensor that was only moved keeps its scale."""
+    for tensor in list(plan.tensors):
+        if tensor.target == aten.avg_pool2d.default:
+            plan.quantize(tensor.args[0])  # type: ignore[arg-type]
+    for tensor, like in plan.tensors.items():
+        source = tensor
+        while like is None and source.target in MOVING:
+            source = source.args[0]  # type: ignore[assignment]
+            if source in plan.tensors:
+                plan.tensors[tensor] = like = plan.tensors[source] or source
 
 
 def _squeeze_excite(graph: GraphModule) -> frozenset[Node]:

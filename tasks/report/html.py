@@ -37,6 +37,8 @@ def as_html(report: RunReport) -> str:
         num_classes=len(changes),
         confusion=_confusion(report),
         timing=gpu.timing_text(report),
+        memory=gpu.memory_text(report),
+        memory_name=gpu.memory_name(report).capitalize(),
         gpu_rows=gpu.gpu_rows(report.gpu) if report.gpu else (),
         gpu_notes=gpu.gpu_notes(report.gpu) if report.gpu else (),
         audit_text=gpu.audit_text(report, report.engine.audit) if report.engine.audit else "",

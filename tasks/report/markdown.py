@@ -30,6 +30,7 @@ from tasks.report.gpu import (
     baseline_text,
     gpu_notes,
     gpu_rows,
+    memory_name,
     mode_of,
     not_int8,
     shorten,
@@ -238,7 +239,7 @@ def _size(report: RunReport) -> str:
             with_unit(compression.ratio, "x"),
         ],
         [
-            "Peak memory, MiB",
+            f"{memory_name(report).capitalize()}, MiB",
             number(memory.float_mib, 1),
             number(memory.int8_mib, 1),
             with_unit(memory.float_mib / memory.int8_mib, "x"),

@@ -20,7 +20,7 @@ import numpy as np
 
 from tasks.contracts.errors import EngineError
 from tasks.contracts.records import GpuEnergy, GpuSpeed, GpuState, GpuTiming, Latency, Precision, Spread
-from tasks.engines.base import Timing
+from tasks.engines.base import Engine, Timing
 from tasks.scoring.latency import Baseline, Feed, latency_of, no_garbage_collection
 
 MIB = 2**20
@@ -235,14 +235,14 @@ def measure_energy(
     )
 
 
-def device_memory_mib(opening: AbstractContextManager[TimedEngine], feed: Feed, used_bytes: Callable[[], int]) -> float:
+def device_memory_mib(opening: AbstractContextManager[Engine], feed: Feed, used_bytes: Callable[[], int]) -> float:
     """Device memory that an open engine holds after one inference.
 
     The first CUDA context of a process takes hundreds of MiB by itself: make it before.
     """
     before = used_bytes()
     with opening as engine:
-        engine.time(feed, transfers=True, graph=False)
+        engine.run(feed)
         return (used_bytes() - before) / MIB
 
 

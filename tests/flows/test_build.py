@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName
@@ -161,3 +162,23 @@ def test_options_that_torchrun_does_not_take_are_refused(
     error = place.run(plain, quant={"method": "qat"}).error
     assert "torchrun" in str(error)
     assert "REQUANT_TORCHRUN" in str(error)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize(
+    ("runtime", "problem"),
+    [
+        ("tensorrt", "no GPU that PyTorch can use"),
+        ("onnxruntime-cuda", "no CUDAExecutionProvider"),
+        ("onnxruntime-tensorrt", "no TensorrtExecutionProvider"),
+    ],
+)
+def test_a_runtime_that_is_not_here_ends_the_run_at_once(
+    place: Place, plain: dict[str, Any], runtime: str, problem: str
+) -> None:
+    """Before an image is looked at."""
+    run = place.run(plain, target={"runtime": runtime}, evaluation={"batch_size": 4, "latency_batch_sizes": [1]})
+    assert isinstance(run.error, EngineError)
+    assert problem in run.error.problem
+    assert run.error.remedy
+    assert not any("check_data" in line for line in run.log)

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
 from tasks.contracts.errors import ExportError
 from tasks.contracts.records import LayerCost
 from tasks.graph.count import compression, count_layers
+from tasks.graph.half import half_from
 
 
 def ones(count: int) -> str:
@@ -136,6 +138,30 @@ def test_only_eight_bits_count_as_int8() -> None:
     assert count_layers(weight_only, (1, 4, 8, 8))[0].precision == "float32"
 
 
+def test_float16_around_int8() -> None:
+    """A layer's precision is that of its weight as it is read; INT8 stays INT8 whatever its scales are."""
+    int8 = onnx.ModelProto()
+    int8.CopyFrom(INT8)
+    del int8.graph.node[3]  # the INT32 bias, which float16 cannot go with
+    conv = next(node for node in int8.graph.node if node.op_type == "Conv")
+    del conv.input[2]
+    weight_zero = next(tensor for tensor in int8.graph.initializer if tensor.name == "wz")
+    weight_zero.CopyFrom(onnx.numpy_helper.from_array(np.zeros(6, np.int8), "wz"))
+    half, _ = half_from(int8)
+    assert [layer.precision for layer in count_layers(half, (1, 4, 8, 8))] == ["int8", "float16"]
+    assert [layer.precision for layer in count_layers(half_from(FLOAT)[0], (1, 4, 8, 8))] == ["float16", "float16"]
+    assert [layer.macs for layer in count_layers(half, (1, 4, 8, 8))] == [3456, 30]
+
+
+def test_float16_counts_two_bytes(tmp_path: Path) -> None:
+    """257 parameters of 16 bits; the float file is the one that is compared with."""
+    paths = tmp_path / "float.onnx", tmp_path / "half.onnx"
+    for path, model in zip(paths, (FLOAT, half_from(FLOAT)[0]), strict=True):
+        onnx.save(model, path)
+    saved = compression(*paths, (1, 4, 8, 8))
+    assert (saved.bits_per_weight, saved.parameters, saved.int8_macs) == (16, 257, 0)
+
+
 @pytest.mark.parametrize("shape", [(1, 3, 8, 8), (4, 8, 8), (1, 4, 8, 9)])
 def test_a_foreign_shape_is_refused(shape: tuple[int, ...]) -> None:
     """Counting at a shape that the graph does not take would count another model."""
@@ -182,7 +208,7 @@ def test_compression_counts_files_and_bits(tmp_path: Path) -> None:
 def test_a_float_file_without_parameters_is_refused(tmp_path: Path) -> None:
     """Bits per weight of nothing would be infinite."""
     empty, int8_path = tmp_path / "empty.onnx", tmp_path / "int8.onnx"
-    empty.touch()
+    onnx.save(graph("float s = {1}", "x = Mul(input, s) logits = Flatten(x)", gives="batch, 256"), empty)
     onnx.save(INT8, int8_path)
     with pytest.raises(ExportError, match=r"empty\.onnx holds no float parameters"):
         compression(empty, int8_path, (1, 4, 8, 8))

@@ -21,7 +21,7 @@ from tasks.contracts.errors import ExportError
 from tasks.contracts.spec import QuantSpec, SchemeName
 from tasks.engines.onnxruntime import OnnxRuntimeEngine
 from tasks.graph.export import INPUT, OPSET, OUTPUT, export_onnx
-from tasks.graph.lint import lint
+from tasks.graph.lint import Finding, lint
 from tasks.models.digits import digits_net
 from tasks.quant.calibrate import calibrate
 from tasks.quant.capture import capture, fold_batch_norm
@@ -31,14 +31,15 @@ from tasks.quant.simulate import convert, simulate
 ORT: SchemeName = "onnxruntime"
 TRT: SchemeName = "tensorrt"
 WEIGHTED = ("Conv", "Gemm")
+SUMS = {"resnet18": 8, "mobilenet_v2": 10, "mobilenet_v3_large": 10, "efficientnet_b0": 9}  # of residual blocks
 LEFTOVERS = {"BatchNormalization", "Cast", "Clip", "Identity", "ReduceMean"}
 
 
-def settled(model: nn.Module, images_NCHW: Tensor) -> nn.Module:
+def settled(model: nn.Module, images_NCHW: Tensor, passes: int = 10) -> nn.Module:
     """In inference mode, with batch norms that know the images."""
     model.train()
     with torch.no_grad():
-        for _ in range(10):
+        for _ in range(passes):
             model(images_NCHW)
     return model.eval()
 
@@ -92,6 +93,11 @@ def initializers(model: onnx.ModelProto) -> dict[str, TensorProto]:
 
 def producer_of(model: onnx.ModelProto, name: str) -> onnx.NodeProto | None:
     return next((node for node in model.graph.node if name in node.output), None)
+
+
+def faults(model: onnx.ModelProto, scheme: SchemeName) -> list[Finding]:
+    """What the lint finds worse than plain facts."""
+    return [finding for finding in lint(model, scheme) if finding.severity != "info"]
 
 
 def layers_by_weight(model: onnx.ModelProto) -> dict[str, str]:
@@ -224,7 +230,7 @@ def test_file_tells_nothing_of_the_machine(exported: Exported) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_digits_keep_the_rules_of_their_target(scheme: SchemeName, exported: Exported) -> None:
     """Not even a warning."""
-    assert lint(exported.models[scheme], scheme) == ()
+    assert faults(exported.models[scheme], scheme) == []
 
 
 def test_bias_that_does_not_fit_is_refused(exported: Exported, tmp_path: Path) -> None:
@@ -292,7 +298,7 @@ def test_a_layer_that_is_used_twice(scheme: SchemeName, tmp_path: Path) -> None:
     images_NCHW = torch.randn(8, 3, 8, 8)
     graph = converted_from(folded_from(Twice().eval(), images_NCHW), scheme, images_NCHW)
     model = write(graph, images_NCHW[:2], tmp_path / "twice.onnx", scheme)
-    assert lint(model, scheme) == ()
+    assert faults(model, scheme) == []
     with OnnxRuntimeEngine(tmp_path / "twice.onnx", threads=1) as engine:
         logits_NC = engine.run({"input": images_NCHW.numpy()})["logits"]
     np.testing.assert_allclose(logits_NC, graph(images_NCHW).detach().numpy(), atol=0.02)
@@ -322,7 +328,7 @@ def test_torchvision_models_keep_the_rules_of_both_targets(name: str, tmp_path: 
     for scheme in SCHEMES:
         graph = converted_from(folded, scheme, images_NCHW)
         model = write(graph, images_NCHW[:2], tmp_path / f"{scheme}.onnx", scheme)
-        assert lint(model, scheme) == ()
+        assert faults(model, scheme) == []
         for layer, kind in layers_by_weight(model).items():
             gate = layer.endswith((".fc1", ".fc2"))
             assert kind == ("FLOAT" if scheme == TRT and gate else "INT8"), layer
@@ -332,3 +338,21 @@ def test_torchvision_models_keep_the_rules_of_both_targets(name: str, tmp_path: 
             "ReduceMean",
             "Identity",
         }
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0"])
+def test_torchvision_models_are_ready_for_tensorrt(name: str, tmp_path: Path) -> None:
+    """No finding; all layers but squeeze-excite in INT8, all residual sums with an INT8 operand, hard-swish whole."""
+    torch.manual_seed(0)
+    images_NCHW = torch.randn(4, 3, 32, 32)
+    network = settled(torchvision.models.get_model(name, num_classes=32), images_NCHW, passes=1)
+    graph = converted_from(folded_from(network, images_NCHW), TRT, images_NCHW)
+    model = write(graph, images_NCHW[:2], tmp_path / "model.onnx", TRT)
+    assert faults(model, TRT) == []
+    floats = {layer for layer, kind in layers_by_weight(model).items() if kind == "FLOAT"}
+    assert floats == {layer for layer in layers_by_weight(model) if layer.endswith((".fc1", ".fc2"))}
+    sums = [[producer_of(model, name) for name in node.input] for node in model.graph.node if node.op_type == "Add"]
+    kinds = [sorted(producer.op_type for producer in producers if producer is not None) for producers in sums]
+    assert kinds == [["Conv", "DequantizeLinear"]] * SUMS[name]
+    counts = Counter(node.op_type for node in model.graph.node)
+    assert counts["HardSwish"] == sum(isinstance(module, nn.Hardswish) for module in network.modules())

@@ -91,12 +91,19 @@ class Pooling(Block):
         return nn.functional.avg_pool2d(x, 2)
 
 
+class Inception(Block):
+    """One branch pools what the other convolves."""
+
+    def inner(self, x: Tensor) -> Tensor:
+        return torch.cat([self.a(x).relu(), self.b(nn.functional.max_pool2d(x, 3, 1, 1)).relu()], 1)
+
+
 class Shuffle(Block):
     """Channels split, one half convolved, joined, and shuffled, as in ShuffleNetV2."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Conv2d(8, 8, 1)
+        super().__init__(head=32)
+        self.stem, self.a = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(16, 16, 1)
 
     def inner(self, x: Tensor) -> Tensor:
         kept, changed = x.chunk(2, 1)
@@ -175,7 +182,18 @@ PLANS: dict[str, tuple[nn.Module, Planned, Planned]] = {
     "pooling": (
         Pooling(),
         ({"conv2d", "conv2d_1", "conv2d_2"}, alone("x", "relu", "relu_1", "avg_pool2d") | {"max_pool2d": "relu"}),
-        ({"conv2d", "conv2d_1", "conv2d_2"}, alone("x", "max_pool2d", "avg_pool2d")),
+        ({"conv2d", "conv2d_1", "conv2d_2"}, alone("x", "max_pool2d", "relu_1", "avg_pool2d")),
+    ),
+    "inception": (
+        Inception(head=32),
+        (
+            {"conv2d", "conv2d_1", "conv2d_2", "conv2d_3"},
+            alone("x", "relu", "relu_1", "relu_2", "cat") | {"max_pool2d": "relu"},
+        ),
+        (
+            {"conv2d", "conv2d_1", "conv2d_2", "conv2d_3"},
+            alone("x", "relu", "relu_1") | {"max_pool2d": "relu", "relu_2": "relu_1", "cat": "relu_1"},
+        ),
     ),
     "shuffle": (
         Shuffle(),
@@ -268,12 +286,15 @@ def test_tensorrt_leaves_layers_float_that_have_no_fast_kernel() -> None:
         nn.Conv2d(4, 24, 3),  # 1
         nn.Conv2d(24, 24, 3, groups=24),  # 2
         nn.Conv2d(24, 12, 1, groups=12),  # 3: grouped and one pixel
+        nn.Conv2d(12, 8, 3, padding=1),  # 4: few on both sides, and not the first
+        nn.Conv2d(8, 24, (1, 3), padding=(0, 1)),  # 5: few on one side, and not square
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.Linear(12, 10),  # 6: ten classes
+        nn.Linear(24, 10),  # 8: ten classes
     )
     assert planned(graph_of(model, 1), TRT)[0] == {"conv2d_1", "conv2d_2"}
-    assert planned(graph_of(model, 1), ORT)[0] == {"conv2d", "conv2d_1", "conv2d_2", "conv2d_3", "linear"}
+    assert planned(graph_of(model, 1), ORT)[0] == {f"conv2d_{number}" for number in range(1, 6)} | {"conv2d", "linear"}
+    assert planned(graph_of(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten())), TRT)[0] == {"conv2d"}  # reads the image
 
 
 def test_schemes_ask_for_what_their_runtime_computes() -> None:

@@ -4,8 +4,7 @@ import gc
 import inspect
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -14,9 +13,10 @@ import pytest
 
 from tasks.contracts.errors import EngineError
 from tasks.contracts.records import GpuState, Precision
-from tasks.engines.base import Timing
+from tasks.engines.base import Engine, TensorInfo, Timing
 from tasks.engines.tensorrt import TensorRtEngine
 from tasks.scoring.gpu_latency import (
+    FLOATS,
     Effort,
     Runs,
     TimedEngine,
@@ -66,17 +66,18 @@ class Sleeper:
 
 @dataclass
 class Board:
-    """A board that takes 50 W all the time, as its counter or its sensor tells."""
+    """A board whose sensor shows 50 W, and whose counter shows what is spent."""
 
     has_counter: bool = True
     has_sensor: bool = True
+    spent: float = 0.0
     missing: str = ""
 
     def state(self) -> GpuState:
         return STATE
 
     def joules(self) -> float | None:
-        return 50 * time.perf_counter() if self.has_counter else None
+        return self.spent if self.has_counter else None
 
     def watts(self) -> float | None:
         return 50.0 if self.has_sensor else None
@@ -169,12 +170,12 @@ def test_time_and_count_are_both_kept() -> None:
     runs = take_turns({"int8": Sleeper(1.0, log)}, FEEDS[1], effort, transfers=True, graph=False)
     assert runs["int8"].seconds >= 0.1
     counted = len(runs["int8"].timings)
-    assert counted > 10
+    assert counted >= 10
     assert len(log) - counted - counted // 10 >= 2
 
 
 def test_the_whole_of_it_on_real_time() -> None:
-    """Three engines of known cost, two batch sizes, four ways to run them."""
+    """Three engines of known cost, two batch sizes, four ways to run them; sleeping takes longer on a busy machine."""
     engines: dict[Precision, Sleeper] = {"int8": Sleeper(0.5), "float16": Sleeper(1.0), "float32": Sleeper(2.0)}
     told: list[tuple[int, int]] = []
     speed, latencies = measure_gpu_speed(
@@ -184,17 +185,21 @@ def test_the_whole_of_it_on_real_time() -> None:
     assert len(speed.timings) == 2 * 4 * 3
     assert told == [(done, 14) for done in range(1, 15)]
     for timing in speed.timings:
-        wanted = engines[timing.precision].compute_ms
-        assert wanted <= timing.compute.min <= timing.compute.median < wanted + 1.5
+        assert timing.compute.min >= engines[timing.precision].compute_ms
         assert timing.num_iterations >= 20
         assert (timing.h2d.max > 0) == (timing.d2h.max > 0) == timing.transfers
         assert (timing.enqueue.max == 0) == timing.graph
-    assert [(latency.batch_size, latency.baseline) for latency in latencies] == [(1, "float16"), (4, "float16")]
-    assert all(1.2 < latency.speedup < 2.5 for latency in latencies)
-    assert [(energy.precision, energy.source) for energy in speed.energies] == 2 * [
-        ("int8", "energy counter"), ("float16", "energy counter"), ("float32", "energy counter"),
-    ]  # fmt: skip
-    assert speed.energies[0].joules_per_image < speed.energies[2].joules_per_image
+    for latency in latencies:
+        medians = {
+            timing.precision: timing.latency.median
+            for timing in speed.timings
+            if timing.batch_size == latency.batch_size and timing.transfers and not timing.graph
+        }
+        assert latency.baseline == min(FLOATS, key=lambda kind: medians[kind])
+        assert latency.float_ms["median"] == medians[latency.baseline]
+        assert latency.speedup == medians[latency.baseline] / medians["int8"]
+    assert [latency.batch_size for latency in latencies] == [1, 4]
+    assert [energy.precision for energy in speed.energies] == 2 * ["int8", "float16", "float32"]
     assert (speed.memory_mib, speed.before, speed.after, speed.notes) == ({"int8": 3.5}, STATE, STATE, ())
 
 
@@ -218,20 +223,23 @@ def test_int8_and_float_are_both_needed(kinds: tuple[Precision, ...]) -> None:
 
 
 @pytest.mark.parametrize("has_counter", [True, False], ids=["counter", "samples"])
-def test_energy_is_power_times_time(has_counter: bool) -> None:
-    """50 W for as long as the inferences took, whichever the board tells."""
-    calls: list[float] = []
+def test_energy_is_that_of_the_counted_inferences(has_counter: bool) -> None:
+    """By a counter that rises by 0.2 J with each inference; without one, mean power times time."""
+    board = Board(has_counter=has_counter)
 
     def run() -> None:
         time.sleep(0.002)
-        calls.append(time.perf_counter())
+        board.spent += 0.2
 
-    energy = measure_energy(run, Board(has_counter=has_counter), "int8", 4, min_s=0.15)
+    energy = measure_energy(run, board, "int8", 4, min_s=0.15)
     assert energy is not None
-    assert energy.num_inferences == len(calls) - 1  # the first is not counted
+    assert energy.num_inferences == round(board.spent / 0.2) - 1  # the first is not counted
     assert energy.seconds >= 0.15
-    assert energy.watts == pytest.approx(50, rel=0.05)
-    assert energy.joules_per_image == pytest.approx(50 * energy.seconds / (4 * energy.num_inferences), rel=0.05)
+    if has_counter:
+        assert energy.joules_per_image == pytest.approx(0.2 / 4)
+    else:
+        assert energy.watts == pytest.approx(50)
+    assert energy.joules_per_image * 4 * energy.num_inferences == pytest.approx(energy.watts * energy.seconds)
     assert energy.source == ("energy counter" if has_counter else "power samples")
 
 
@@ -272,11 +280,27 @@ def test_device_memory_is_what_an_open_engine_adds() -> None:
     """Before it is opened, and after one inference while it is open."""
     used = [100 * 2**20]
 
-    @contextmanager
-    def opening() -> Iterator[Sleeper]:
-        used[0] += 30 * 2**20
-        yield Sleeper(0.1)
-        used[0] -= 30 * 2**20
+    class Holder(Engine):
+        """Takes 10 MiB when it opens and 20 more when it runs."""
 
-    assert device_memory_mib(opening(), FEEDS[1], lambda: used[0]) == 30
+        @property
+        def options(self) -> dict[str, str]:
+            return {}
+
+        @staticmethod
+        def version() -> str:
+            return "1"
+
+        def _open(self) -> None:
+            used[0] += 10 * 2**20
+            self.inputs = (TensorInfo(name="x", dtype=np.dtype(np.float32), shape=(None,)),)
+
+        def _close(self) -> None:
+            used[0] -= 30 * 2**20
+
+        def _run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            used[0] += 20 * 2**20
+            return {}
+
+    assert device_memory_mib(Holder(), {"x": np.zeros(1, np.float32)}, lambda: used[0]) == 30
     assert used[0] == 100 * 2**20
