@@ -29,6 +29,7 @@ def as_html(report: RunReport) -> str:
         headline=content.headline(report.decision),
         cautions=content.cautions(report),
         duration=content.duration(report),
+        started_by=content.started_by(report),
         calibration=content.calibration_text(report),
         champion=content.champion_text(report),
         op_costs=content.costs_by_op(report.export.compression),

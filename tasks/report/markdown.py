@@ -21,6 +21,7 @@ from tasks.report.content import (
     milliseconds,
     noisiest_first,
     number,
+    started_by,
     title_of,
     with_unit,
 )
@@ -294,6 +295,7 @@ def _origin(report: RunReport) -> str:
     kept = report.quantized.kept_float
     rows = [
         ["Run", f"{report.run_id}, {report.started}, {duration(report)}, seed {report.spec.seed}"],
+        ["Started", started_by(report)],
         ["Model", f"{report.model.architecture}, {report.model.num_classes} classes"],
         ["Data", report.data.source],
         ["Images", ", ".join(f"{split} {count:,}" for split, count in report.data.counts.items())],
