@@ -4,10 +4,16 @@ UV ?= uv
 VENV := .venv
 STAMP := $(VENV)/.stamp
 
-.PHONY: demo test check gpu-check lock clean
+.PHONY: demo up status down test check gpu-check lock clean
 
 demo: $(STAMP)  ## a digits classifier, from training to a judged INT8 engine
 	$(VENV)/bin/requant demo
+
+up: $(STAMP)  ## Prefect server, database and workers on this machine; UP="--port 4300" for options
+	$(VENV)/bin/requant up $(UP)
+
+status down: $(STAMP)  ## what runs of it; stop it
+	$(VENV)/bin/requant $@
 
 test: check  ## what CI runs
 	$(VENV)/bin/pytest
@@ -23,6 +29,8 @@ gpu-check: $(STAMP)  ## all that only a GPU can prove, into docs/results-gpu.md
 lock:  ## pin what pyproject.toml asks for
 	$(UV) pip compile --universal --no-strip-extras --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-header --extra dev pyproject.toml -o requirements.lock
+	$(UV) pip compile --universal --python-version 3.12 --generate-hashes \
+	  --no-emit-index-url --no-header -c requirements.lock infra/images/gpu.in -o infra/images/gpu.lock
 
 clean:  ## the environment and all that tools leave; runs and their store stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

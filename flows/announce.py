@@ -30,7 +30,7 @@ def announce(model: str, weights: str, data: str | None, given_id: UUID | None) 
     with prefect_server() as client:
         _check_deployed(client, model)
         if given_id is None:
-            from tasks.models.weights import weights_digest  # loads PyTorch
+            from tasks.models.origin import weights_digest
 
             given_id = event_id(model, news, weights_digest(weights))
         event = {

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from uuid import UUID
 
 import typer
@@ -169,6 +169,47 @@ def doctor() -> None:
     for what, found, so in findings():
         line = Text.assemble((f"{what:<20}", "bold"), found, (f"  {so}" if so else "", "dim"))
         console.print(line, soft_wrap=True)  # a table would cut paths to the width of the screen
+
+
+State = Annotated[Path, typer.Option(envvar="REQUANT_UP", help="Folder of its database, logs and sockets.")]
+
+
+@app.command()
+def up(
+    fleet: Annotated[
+        Path | None, typer.Argument(help="As for deploy; by default that of last time, or fleet.yaml if there is one.")
+    ] = None,
+    state: State = Path(".requant/up"),
+    port: Annotated[int, typer.Option(help="Of the Prefect server, on loopback.")] = 4200,
+    database: Annotated[
+        Literal["auto", "postgresql", "sqlite"], typer.Option(help="auto: PostgreSQL where it is installed.")
+    ] = "auto",
+    runs: Annotated[int, typer.Option(help="On the CPU at once; they disturb each other's latency.", min=1)] = 2,
+) -> None:
+    """Start a Prefect server and workers on this machine, and deploy the fleet. Again is harmless."""
+    _check_settings()
+    from flows.machine import up
+
+    _print(up(state, fleet=fleet, port=port, database=database, num_runs=runs))
+
+
+@app.command()
+def status(state: State = Path(".requant/up")) -> None:
+    """What runs of what `requant up` started. Exit status 3 if something does not."""
+    from flows.machine import status
+
+    lines, all_run = status(state)
+    _print(iter(lines))
+    if not all_run:
+        sys.exit(3)
+
+
+@app.command()
+def down(state: State = Path(".requant/up")) -> None:
+    """Stop what `requant up` started. A run under way ends, and goes on from its last finished step when repeated."""
+    from flows.machine import down
+
+    _print(down(state))
 
 
 @app.command()
@@ -341,9 +382,15 @@ def _run(spec: RunSpec) -> None:
         from prefect import tags
 
         from flows.requantize import requantize
+        from tasks.find_changes import is_unchanged
         from tasks.report.content import headline
         from tasks.report.gpu import gpu_lines
         from tasks.step import run_prefix
+
+        if not is_unchanged(spec):
+            import tasks.check_data
+            import tasks.check_parity
+            import tasks.publish_report  # noqa: F401 - with PyTorch and all that the steps take seconds to load
 
     with tags("requant", f"model:{spec.name}", f"runtime:{spec.target.runtime}"):  # to filter by, on a server
         report = requantize(spec)

@@ -16,7 +16,7 @@ from typing import Any
 from uuid import UUID
 
 import yaml
-from prefect.blocks.core import Block
+from prefect.blocks.core import Block, UnknownBlockType
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.schedules import CronSchedule
@@ -284,6 +284,10 @@ def _write(
         made = client.request("POST", "/deployments/", json={**body, "flow_id": str(flow_id)})
         return UUID(made.json()["id"])
     del body["name"]
+    slugs = {schedule["slug"] for schedule in one.schedules}
+    for schedule in found["schedules"]:
+        if schedule["slug"] not in slugs:  # an update leaves them
+            client.delete_deployment_schedule(UUID(found["id"]), UUID(schedule["id"]))
     client.request("PATCH", "/deployments/{id}", path_params={"id": found["id"]}, json=body)
     return UUID(found["id"])
 
@@ -338,8 +342,13 @@ def _notify(client: SyncPrefectClient, fleet: Fleet) -> Notify | None:
     block_type, _, name = fleet.alarms.block.partition("/")
     url = Settings().alarm_url
     if url is not None:
-        kind = Block.get_block_class_from_key(block_type)
-        kind(url=url).save(name, overwrite=True)
+        try:
+            Block.get_block_class_from_key(block_type)(url=url).save(name, overwrite=True)
+        except (UnknownBlockType, ValidationError):
+            raise SpecError(
+                f"REQUANT_ALARM_URL cannot become a block of type {block_type}.",
+                remedy="Make that block in the UI; those made of an address are slack-webhook, webhook and their like.",
+            ) from None
     try:
         document = client.read_block_document_by_name(name, block_type, include_secrets=False)
     except ObjectNotFound:
@@ -347,4 +356,10 @@ def _notify(client: SyncPrefectClient, fleet: Fleet) -> Notify | None:
             f"Prefect has no block {fleet.alarms.block}.",
             remedy="Make it in the UI, or set REQUANT_ALARM_URL to its address and deploy again.",
         ) from None
+    capabilities = document.block_schema.capabilities if document.block_schema else []
+    if block_type != "webhook" and "notify" not in capabilities:
+        raise SpecError(
+            f"The block {fleet.alarms.block} cannot notify anybody.",
+            remedy="Take a notification block such as slack-webhook, or webhook.",
+        )
     return through(block_type, document.id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC
 from pathlib import Path
 
 from tasks.contracts.errors import ReleaseError, SpecError
@@ -53,6 +54,9 @@ class Registry:
         yield from history.aligned([history.COLUMNS, *map(history.cells, nights)]) if nights else ()
         if not nights:
             yield f"{name} has no runs in {self.store}"
+        good = registry.last_good_run(self.store, name)
+        if good is not None:
+            yield f"last good run, or night with nothing changed: {good.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
         yield ""
         yield from map(_moved, log) if log else [f"{name} never had a champion in {self.store}"]
         if plot is not None:

@@ -7,24 +7,12 @@ from typing import Any
 
 from prefect import flow, get_run_logger, runtime
 
-from flows.build import build_and_score, quantize
-from tasks.check_data import check_data
-from tasks.check_parity import check_parity
-from tasks.check_runtime import check_runtime
-from tasks.choose_calibration import choose_calibration
-from tasks.compare_draws import compare_draws
 from tasks.contracts.announcement import read_announcement
 from tasks.contracts.errors import GateRejected
 from tasks.contracts.spec import RunSpec
-from tasks.export_model import export_model
+from tasks.find_changes import find_changes, note_inputs, unchanged
 from tasks.gates.judge import rejection_message
-from tasks.judge_engine import judge_engine
-from tasks.load_model import load_model
-from tasks.prepare_data import prepare_data
-from tasks.publish_report import publish_report
-from tasks.release_engine import release_engine
 from tasks.report.content import RunReport, Trigger
-from tasks.score_float import score_float
 
 
 def run_name() -> str:
@@ -46,6 +34,25 @@ def requantize(spec: RunSpec, trigger: Trigger = "by hand", cause: str | None = 
     """
     if cause is not None:
         get_run_logger().info("started by: %s", cause)
+    changes = find_changes(spec)
+    if changes.report is not None:
+        return unchanged(changes)  # type: ignore[return-value]  # Prefect makes it the run's state, and gives the report
+
+    # Only now, as PyTorch and its kin take longer to load than a night with no change lasts.
+    from flows.build import build_and_score, quantize
+    from tasks.check_data import check_data
+    from tasks.check_parity import check_parity
+    from tasks.check_runtime import check_runtime
+    from tasks.choose_calibration import choose_calibration
+    from tasks.compare_draws import compare_draws
+    from tasks.export_model import export_model
+    from tasks.judge_engine import judge_engine
+    from tasks.load_model import load_model
+    from tasks.prepare_data import prepare_data
+    from tasks.publish_report import publish_report
+    from tasks.release_engine import release_engine
+    from tasks.score_float import score_float
+
     check_runtime(spec)  # what cannot be built should not be trained
     check = check_data(spec)  # what cannot be trusted ends the run here
     data = prepare_data(spec)
@@ -68,6 +75,7 @@ def requantize(spec: RunSpec, trigger: Trigger = "by hand", cause: str | None = 
     if not decision.passed:  # everything is stored by now, for study
         raise GateRejected(f"{rejection_message(decision)}.", remedy="The report shows what was measured.")
     release_engine(report)
+    note_inputs(changes, report)
     return report
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from prefect import get_run_logger
 
-from tasks.contracts.records import ArtifactRef, EngineRecord, ExportRecord, Tensor
+from tasks.contracts.errors import EngineError
+from tasks.contracts.records import ArtifactRef, EngineRecord, ExportRecord, PrecisionAudit, Tensor
 from tasks.contracts.settings import Settings
 from tasks.contracts.spec import RunSpec, TargetSpec
 from tasks.engines.base import Engine, TensorInfo
@@ -103,9 +104,18 @@ def _planned(spec: RunSpec, exported: ExportRecord, store: Store, work: Path) ->
         update={
             "plan": built.key,
             "device_memory_bytes": built.device_memory_bytes,
-            "audit": audit(built.layers.read_text(encoding="utf-8"), exported.compression.layers),
+            "audit": _audited(built, exported),
         }
     )
+
+
+def _audited(built: BuiltPlan, exported: ExportRecord) -> PrecisionAudit | None:
+    """None where TensorRT tells it in a form that we do not know: a gate on it fails then, and no other."""
+    try:
+        return audit(built.layers.read_text(encoding="utf-8"), exported.compression.layers)
+    except EngineError as error:
+        get_run_logger().warning("precisions are not audited: %s", error)
+        return None
 
 
 def _described(engine: Engine, ref: ArtifactRef, target: TargetSpec) -> EngineRecord:

@@ -16,7 +16,7 @@ from tasks.data.preprocess import resolve_preprocess
 from tasks.models.architectures import find_architecture
 from tasks.report.html import check_as_html
 from tasks.report.markdown import check_as_markdown
-from tasks.step import Progress, disk_errors, remember, run_id, run_prefix, step, the_images, the_store
+from tasks.step import Progress, artifact_key, disk_errors, remember, run_id, run_prefix, step, the_images, the_store
 from tasks.stores.base import Store
 from tasks.stores.steps import JSON, library_versions
 
@@ -60,10 +60,8 @@ def _show(spec: RunSpec, check: DataCheck) -> None:
     key = f"{run_prefix(spec.name, run_id())}/data.html"
     with disk_errors():
         store.write_text(key, check_as_html(spec.name, check, pictures))
-    name = spec.name.replace("_", "-").replace(".", "-")  # all that a Prefect key may hold
-    create_markdown_artifact(
-        check_as_markdown(spec.name, check, pictures), key=f"data-{name}", description=f"{store}/{key}"
-    )
+    text = check_as_markdown(spec.name, check, pictures)
+    create_markdown_artifact(text, key=artifact_key("data", spec.name), description=f"{store}/{key}")
     for finding in check.warnings:
         logger.warning("data: %s is %s, not %s. %s", finding.rule, finding.observed, finding.limit, finding.remedy)
     logger.info("data report: %s/%s", store, key)

@@ -10,8 +10,9 @@ from torch import nn
 from tasks.contracts.errors import ModelError
 from tasks.contracts.records import DataRecord, ModelRecord
 from tasks.contracts.spec import ModelSpec, RunSpec
-from tasks.models.architectures import architecture_digest, build_model
-from tasks.models.weights import load_weights, save_weights, weights_digest
+from tasks.models.architectures import build_model
+from tasks.models.origin import architecture_digest, weights_digest
+from tasks.models.weights import load_weights, save_weights
 from tasks.step import remember, step, the_store
 from tasks.stores.base import Store
 from tasks.stores.steps import JSON

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import base64
+from base64 import b64encode
 from datetime import UTC, datetime
 from urllib.parse import quote
 
@@ -36,7 +36,7 @@ from tasks.report.html import as_html
 from tasks.report.markdown import as_markdown, gate_rows
 from tasks.report.plots import image_of, summary_figure
 from tasks.scoring.latency import slower_notes
-from tasks.step import LIBRARIES, disk_errors, run_id, run_prefix, step, the_store
+from tasks.step import LIBRARIES, artifact_key, disk_errors, run_id, run_prefix, step, the_store
 from tasks.stores.base import Store
 from tasks.stores.steps import library_versions
 
@@ -91,7 +91,7 @@ def publish_report(
     store, prefix = the_store(), run_prefix(spec.name, report.run_id)
     with disk_errors():
         _store_all(store, prefix, report)
-    _show(report, f"{store}/{prefix}/report.html", _link(f"{prefix}/report.html"))
+        _show(report, store, prefix)
     get_run_logger().info("report: %s/%s/report.html", store, prefix)
     return report
 
@@ -113,21 +113,24 @@ def _store_all(store: Store, prefix: str, report: RunReport) -> None:
     store.write_text(f"{prefix}/record.json", report.model_dump_json(indent=1))
 
 
-def _link(key: str) -> str | None:
-    """What a browser can follow: Prefect's UI shows no link to a file or to s3://, so only by a setting."""
-    base = Settings().report_url
-    return None if base is None else f"{base.rstrip('/')}/{quote(key)}"
-
-
-def _show(report: RunReport, place: str, link: str | None) -> None:
-    name = report.spec.name.replace("_", "-").replace(".", "-")  # all that a Prefect key may hold
-    create_table_artifact(gate_rows(report.decision), key=f"gates-{name}", description="Gates: measured and agreed")
-    create_markdown_artifact(as_markdown(report), key=f"report-{name}", description=place)
-    if link is not None:
-        create_link_artifact(link, "The whole report", key=f"page-{name}", description=place)
-    picture = base64.b64encode(image_of(summary_figure(report), "png")).decode()
+def _show(report: RunReport, store: Store, prefix: str) -> None:
+    name, key, base = report.spec.name, f"{prefix}/report.html", Settings().report_url
+    create_table_artifact(
+        gate_rows(report.decision), key=artifact_key("gates", name), description="Gates: measured and agreed"
+    )
+    create_markdown_artifact(as_markdown(report), key=artifact_key("report", name), description=f"{store}/{key}")
+    if base is None:  # Prefect's UI follows no link to a file or to s3://
+        picture = "data:image/png;base64," + b64encode(image_of(summary_figure(report), "png")).decode()
+    else:
+        create_link_artifact(_link(base, key), "The whole report", key=artifact_key("page", name))
+        store.write_text(f"{prefix}/picture.svg", image_of(summary_figure(report), "svg").decode())
+        picture = _link(base, f"{prefix}/picture.svg")
     create_image_artifact(
-        f"data:image/png;base64,{picture}",
-        key=f"picture-{name}",
+        picture,
+        key=artifact_key("picture", name),
         description="Accuracy, size and latency of float and INT8; error by layer",
     )
+
+
+def _link(base: str, key: str) -> str:
+    return f"{base.rstrip('/')}/{quote(key)}"

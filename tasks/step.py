@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import IO, Any, ParamSpec, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 from uuid import UUID
 
-import torch
 from prefect import get_run_logger, runtime, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
@@ -24,16 +23,32 @@ from pydantic import BaseModel
 from tasks.contracts.errors import EngineError, RequantError, StoreError, TransientStoreError
 from tasks.contracts.settings import Settings
 from tasks.contracts.spec import RunSpec
-from tasks.data.images import PreparedImages, prepare_images
 from tasks.engines.reservation import reserve_gpu
 from tasks.stores.base import Store, open_store
-from tasks.stores.steps import JSON, code_digest, library_versions, once
+from tasks.stores.steps import JSON, code_digest, imports_of, installed_versions, once
 from tasks.stores.workspace import workspace
+
+if TYPE_CHECKING:  # loaded by whoever uses them: a night with no change is over before PyTorch is imported
+    import torch
+
+    from tasks.data.images import PreparedImages
 
 R = TypeVar("R", bound=BaseModel)
 P = ParamSpec("P")
 T = TypeVar("T")
-LIBRARIES = ("torch", "torchvision", "torchao", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow")
+LIBRARIES = {  # distributions that compute, and what is imported of each
+    "torch": "torch",
+    "torchvision": "torchvision",
+    "torchao": "torchao",
+    "onnx": "onnx",
+    "onnxscript": "onnx",  # used by PyTorch's export
+    "onnxruntime": "onnxruntime",
+    "numpy": "numpy",
+    "pillow": "PIL",
+}
+GPU_RUNTIMES = {"onnxruntime-gpu": "onnxruntime", "tensorrt": "tensorrt"}  # where they are installed
+_COMPUTING = LIBRARIES | GPU_RUNTIMES
+RETRIES_S = (2, 8, 30, 90)  # half as long at the least, by their jitter: together more than a minute
 _REPORT_EVERY_S = 5.0
 _locks: list[IO[str]] = []
 
@@ -48,8 +63,8 @@ def step(name: str) -> Callable[[Callable[P, T]], Task[P, T]]:
     return task(
         name=name,
         task_run_name=name,  # Prefect would add a random end to it
-        retries=3,
-        retry_delay_seconds=[2, 10, 60],
+        retries=len(RETRIES_S),
+        retry_delay_seconds=list(RETRIES_S),
         retry_jitter_factor=0.5,
         retry_condition_fn=_can_pass,
         cache_policy=NO_CACHE,
@@ -86,6 +101,8 @@ def the_device() -> torch.device:
     Raises:
         RequantError: if CUDA is asked for and there is none.
     """
+    import torch
+
     wanted, available = Settings().device, torch.cuda.is_available()
     if wanted == "cuda" and not available:
         raise RequantError("REQUANT_DEVICE is cuda, and PyTorch finds no CUDA device.", remedy="Set it to cpu or auto.")
@@ -99,6 +116,8 @@ def the_gpu() -> int:
     Raises:
         EngineError: if there is none, or other runs keep them all.
     """
+    import torch
+
     settings = Settings()
     if not torch.cuda.is_available():
         raise EngineError(
@@ -127,8 +146,15 @@ def run_prefix(name: str, run: str) -> str:
     return f"models/{name}/runs/{run}"
 
 
+def artifact_key(what: str, name: str) -> str:
+    """Key of a model's artifact in Prefect, which allows small letters, digits and hyphens."""
+    return f"{what}-{re.sub(r'[^a-z0-9]+', '-', name)}"
+
+
 def the_images(spec: RunSpec, progress: Callable[[int, int], None] | None = None) -> PreparedImages:
     """All splits; what was decoded before is not decoded again."""
+    from tasks.data.images import prepare_images
+
     return prepare_images(spec.model, spec.data, spec.seed, Settings().scratch, progress)
 
 
@@ -136,6 +162,8 @@ def remember(
     name: str, module: str, inputs: Mapping[str, JSON], record_type: type[R], compute: Callable[[Store, Path], R]
 ) -> R:
     """The step's record: found in the store if nothing that it depends on has changed, computed otherwise.
+
+    With REQUANT_REDO it is computed in any case, and takes the stored one's place.
 
     Args:
         module: whose source, with all that it imports, is part of the key.
@@ -149,7 +177,8 @@ def remember(
             return compute(store, work)
 
     with disk_errors():
-        record, found = once(store, name, everything(module, inputs), record_type, in_workspace)
+        inputs = everything(module, inputs)
+        record, found = once(store, name, inputs, record_type, in_workspace, redo=Settings().redo)
     if found:
         logger.info("%s: nothing has changed, so the stored result is taken", name)
     else:
@@ -158,8 +187,13 @@ def remember(
 
 
 def everything(module: str, inputs: Mapping[str, JSON]) -> dict[str, JSON]:
-    """All that decides a step's result: its inputs, its code and the libraries it runs on."""
-    return {**inputs, "code": code_digest(module), "libraries": library_versions(*LIBRARIES)}
+    """All that decides a step's result: its inputs, its code and those libraries that its code imports.
+
+    So a new runtime is no reason to quantize again, and a new PyTorch is one.
+    """
+    reached = imports_of(module)
+    libraries = installed_versions(*(name for name, root in _COMPUTING.items() if root in reached))
+    return {**inputs, "code": code_digest(module), "libraries": libraries}
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     without_heartbeat = {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}  # a flow waits up to a second for its last beat
     with (
         temporary_settings(alone),
-        prefect_test_harness(server_startup_timeout=120),
+        prefect_test_harness(server_startup_timeout=600),
         temporary_settings(without_heartbeat),
     ):
         yield PREFECT_API_URL.value()

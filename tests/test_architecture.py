@@ -145,9 +145,9 @@ def test_the_patterns_find_what_they_are_for() -> None:
         assert REGISTRIES.search(text)
 
 
-def locked_blocks() -> list[list[str]]:
+def locked_blocks(lock: Path = ROOT / "requirements.lock") -> list[list[str]]:
     """Lines of each requirement in the lock: the pin, then its hashes and origins."""
-    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    lines = lock.read_text().splitlines()
     starts = [number for number, line in enumerate(lines) if line and not line[0].isspace() and line[0] != "#"]
     return [lines[start:end] for start, end in pairwise([*starts, len(lines)])]
 

@@ -59,7 +59,7 @@ class Fleet(Section):
     def _is_whole(self) -> Self:
         try:
             ZoneInfo(self.timezone)
-        except (ValueError, OSError):
+        except (KeyError, ValueError, OSError):
             raise ValueError(f"{self.timezone!r} is not a time zone; write it as in Europe/Berlin") from None
         if self.workers != "process" and self.image is None:
             raise ValueError(f"{self.workers} workers need an image")

@@ -183,7 +183,7 @@ class LayerCost(Record):
     op_type: str
     parameters: int
     macs: int
-    precision: Literal["int8", "float16", "float32"]
+    precision: Precision
 
 
 class Compression(Record):
@@ -432,3 +432,21 @@ class Built(Record):
     score: EngineScore
     champion: ChampionScore | None
     speed: EngineSpeed
+
+
+class Inputs(Record):
+    """All that decides a run, as digests that are known before anything is loaded."""
+
+    data: str  # names, sizes and times of files; ETags in S3
+    weights: str
+    code: str  # of the steps, and of the architecture
+    runtime: str  # versions of libraries, device and hardware
+    spec: str
+
+
+class Settled(Record):
+    """The last run of a model that passed its gates: what decided it, and the champion that it left."""
+
+    run: str
+    inputs: Inputs
+    champion: int

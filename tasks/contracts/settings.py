@@ -25,6 +25,7 @@ class Settings(BaseSettings):
         50.0, gt=0, description="Most room in scratch for data and weights from S3; what was used last stays."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where PyTorch runs; auto takes CUDA if it can.")
+    redo: bool = Field(False, description="Compute every step again, whatever the store holds of it.")
     build_on: dict[Runtime, str] = Field(
         {}, description="Deployments that build and measure engines elsewhere, as JSON by runtime; here if not named."
     )

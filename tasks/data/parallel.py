@@ -10,6 +10,7 @@ from itertools import islice
 from typing import TypeVar
 
 from tasks.contracts.errors import RequantError
+from tasks.contracts.lifetime import die_with
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -39,7 +40,7 @@ def in_processes(work: Callable[[Item], list[Result]], items: Iterable[Item]) ->
     """The results of `work(item)` for each of `items`, in order, by one process per core.
 
     For work that holds the interpreter's lock. Processes take a second or two to start, and end with the work, as each
-    holds some hundred MiB.
+    holds some hundred MiB, or with this process if it is killed.
 
     Raises:
         RequantError: if a process dies, such as for want of memory.
@@ -48,7 +49,7 @@ def in_processes(work: Callable[[Item], list[Result]], items: Iterable[Item]) ->
     from joblib.externals.loky import get_reusable_executor
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-    jobs = (delayed(work)(item) for item in items)
+    jobs = (delayed(_in_child)(work, item, os.getpid()) for item in items)
     try:
         for results in Parallel(n_jobs=os.cpu_count(), return_as="generator", pre_dispatch="2*n_jobs")(jobs):
             yield from results
@@ -59,3 +60,8 @@ def in_processes(work: Callable[[Item], list[Result]], items: Iterable[Item]) ->
         ) from error
     finally:
         get_reusable_executor().shutdown()
+
+
+def _in_child(work: Callable[[Item], list[Result]], item: Item, parent: int) -> list[Result]:
+    die_with(parent)
+    return work(item)

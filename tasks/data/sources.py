@@ -298,7 +298,7 @@ def _open(source: str, root: Path | None, *, for_gate: bool) -> Source:
 def _remote(source: str, root: str | Path | None, progress: Progress | None) -> FileSource:
     """Copied from S3. What was measured of it is kept under its own address, as each copy has a folder of its own."""
     if not source.endswith((".csv", ".parquet")):
-        opened = _folder(local_tree(source, _is_image_of_a_class, progress), source)
+        opened = _folder(local_tree(source, is_image_of_a_class, progress), source)
         return replace(opened, name=source, origin=source)
     file = local_file(source) if is_remote(source) else Path(source)
     start = str(root) if root is not None else source.rpartition("/")[0]
@@ -308,7 +308,8 @@ def _remote(source: str, root: str | Path | None, progress: Progress | None) -> 
     return replace(_manifest(file, local_tree(start, listed.__contains__, progress)), name=source, origin=start)
 
 
-def _is_image_of_a_class(path: str) -> bool:
+def is_image_of_a_class(path: str) -> bool:
+    """Whether a path below a folder is that of an image in a class's own folder."""
     parts = PurePosixPath(path)
     return (
         len(parts.parts) == 2 and parts.suffix.lower() in ENDINGS and not any(map(_is_hidden, map(Path, parts.parts)))

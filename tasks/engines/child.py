@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -15,13 +13,13 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from tasks.contracts.errors import EngineError, RequantError
+from tasks.contracts.lifetime import die_with
 from tasks.stores.workspace import replacing
 
 Progress = Callable[[int, int], None]
 ROOT = Path(__file__).resolve().parents[2]
 POLL_S = 0.25
 TAIL = 2000  # characters of what it said last
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Refusal(BaseModel):
@@ -97,14 +95,6 @@ def serve(folder: Path, parent: int, work: Callable[[Progress], None]) -> int:
         )
         return 1
     return 0
-
-
-def die_with(parent: int) -> None:
-    """End at once when the thread that started this process ends, however it ends. Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it was quicker
-            os._exit(1)
 
 
 class ProgressFile:

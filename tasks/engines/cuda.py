@@ -183,7 +183,7 @@ class Lane:
             enqueue()
         except BaseException:
             _, graph = driver.cuStreamEndCapture(self.handle)  # or the stream could not be used again
-            if graph:
+            if graph is not None:
                 driver.cuGraphDestroy(graph)
             raise
         graph = _done("capturing", driver.cuStreamEndCapture(self.handle))

@@ -42,7 +42,7 @@ def build(request: Request, folder: Path, progress: Progress) -> BuiltPlan:
     """
     started, mark = time.monotonic(), LOG.mark()
     task = f"building {request.onnx.name}"
-    with on_gpu(request.gpu), cuda_errors(task), tensorrt_errors(task):
+    with cuda_errors(task), on_gpu(request.gpu), tensorrt_errors(task):
         check_free_memory(request.gpu, request.free_mib)
         plan, profile = compile_plan(request, folder, progress)
         device_memory = inspect(plan, profile, request, folder)

@@ -121,7 +121,7 @@ class Session:
     def _at_work(self, doing: str) -> Iterator[None]:
         """The GPU is this thread's alone, and what CUDA and TensorRT refuse is an EngineError."""
         task = f"{doing} {self._name}"
-        with self._lock, self._gpu.current(), cuda_errors(task), tensorrt_errors(task):
+        with self._lock, cuda_errors(task), self._gpu.current(), tensorrt_errors(task):
             yield
 
     def _load(self, plan: bytes, *, host_code: bool) -> None:

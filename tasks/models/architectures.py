@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,9 +13,7 @@ from torch import nn
 
 from tasks.contracts.errors import ModelError
 from tasks.contracts.spec import ModelSpec
-from tasks.stores.steps import code_digest, library_versions
-
-TORCHVISION = "torchvision"
+from tasks.models.origin import TORCHVISION, working_folder_on_path
 
 AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
 """Tensors of the classifiers that help training only. They are left out: a quantized model has one output."""
@@ -55,21 +51,6 @@ def find_architecture(architecture: str) -> Callable[..., Any]:
     """
     home, _, name = architecture.partition(":")
     return _torchvision_factory(name) if home == TORCHVISION else _own_factory(home, name)
-
-
-def architecture_digest(architecture: str) -> str:
-    """What decides the model's code: torchvision's version, or a digest of the factory's source.
-
-    The source is that of the module and all it imports from the folder that holds it.
-    """
-    home, _, _ = architecture.partition(":")
-    if home == TORCHVISION:
-        return f"{TORCHVISION} {library_versions(TORCHVISION)[TORCHVISION]}"
-    file = _own_module(home).__file__
-    if file is None or Path(file).suffix != ".py":
-        raise ModelError(f"Module {home} has no Python source.", remedy="Put the factory into a .py file.")
-    levels = home.count(".") + (Path(file).name == "__init__.py")
-    return code_digest(home, sources=Path(file).resolve().parents[levels])
 
 
 def _torchvision_factory(name: str) -> Callable[..., Any]:
@@ -114,9 +95,7 @@ def _own_factory(module_name: str, name: str) -> Callable[..., Any]:
 
 def _own_module(name: str) -> ModuleType:
     """Imported like `python -m` would: the working directory counts, behind everything installed."""
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
+    here = working_folder_on_path()
     importlib.invalidate_caches()
     try:
         return importlib.import_module(name)

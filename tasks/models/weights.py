@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import safetensors.torch
 import torch
@@ -15,9 +12,8 @@ import torchvision
 from torch import Tensor, nn
 
 from tasks.contracts.errors import ModelError
-from tasks.models.architectures import AUXILIARY, TORCHVISION
-from tasks.stores.base import sha256_of
-from tasks.stores.mirror import is_remote, local_file
+from tasks.models.architectures import AUXILIARY
+from tasks.models.origin import TORCHVISION, unreadable, weights_file
 from tasks.stores.workspace import replacing
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "ema")  # the first that is there is taken
@@ -58,56 +54,19 @@ def save_weights(model: nn.Module, path: Path) -> None:
         safetensors.torch.save_file(state, partial)
 
 
-def weights_file(weights: str) -> Path | None:
-    """The file that `weights` names, or None if it is the name of torchvision weights. One in S3 is copied first.
-
-    Raises:
-        ModelError: if it is a URL of another kind than file:// and s3://.
-        StoreError: if S3 cannot be read.
-    """
-    if is_remote(weights):
-        return local_file(weights)
-    parts = urlsplit(weights)
-    if parts.scheme == "file":
-        return Path(url2pathname(parts.path))
-    if "://" in weights:
-        raise ModelError(f"{weights} is not loaded from there.", remedy="Download it and give the file.")
-    path = Path(weights).expanduser()
-    return None if weights.isidentifier() and not path.is_file() else path
-
-
-def weights_digest(weights: str) -> str:
-    """What decides the weights: the file's sha256, or the name and version of torchvision's.
-
-    Raises:
-        ModelError: if the file cannot be read.
-    """
-    path = weights_file(weights)
-    if path is None:
-        return hashlib.sha256(f"{TORCHVISION} {torchvision.__version__} {weights}".encode()).hexdigest()
-    try:
-        return sha256_of(path)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
 def _read(path: Path) -> object:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         return torch.load(path, weights_only=True, map_location="cpu")
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     except Exception as error:  # a spoilt file makes the unpickler fail in any way
         raise ModelError(
             f"{path} cannot be read as tensors alone: {str(error).partition(chr(10))[0]}",
             remedy="It is cut short, or holds other objects, which are never run; "
             "save model.state_dict() with torch.save or safetensors.",
         ) from error
-
-
-def _unreadable(path: Path, error: OSError) -> ModelError:
-    return ModelError(f"Weights {path}: {error.strerror or error}.", remedy="Set model.weights to a file that exists.")
 
 
 def _torchvision_state(architecture: str, weights: str) -> Mapping[str, Tensor]:

@@ -173,6 +173,11 @@ def calibration_text(report: RunReport) -> str:
     )
 
 
+def started_by(report: RunReport) -> str:
+    """What started the run, and why."""
+    return report.trigger if report.cause is None else f"{report.trigger}: {report.cause}"
+
+
 def duration(report: RunReport) -> str:
     """From start to finish, to the second."""
     elapsed = datetime.fromisoformat(report.finished) - datetime.fromisoformat(report.started)

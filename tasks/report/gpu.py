@@ -33,6 +33,21 @@ def timing_text(report: RunReport) -> str:
     )
 
 
+def memory_name(report: RunReport) -> str:
+    """Which memory was measured."""
+    return "device memory" if report.spec.target.needs_gpu else "peak memory"
+
+
+def memory_text(report: RunReport) -> str:
+    """How memory was measured, and what it came to."""
+    how = (
+        "Memory is what an open engine takes of the GPU's"
+        if report.spec.target.needs_gpu
+        else "Memory is the peak of a fresh process that loads the model and runs one batch"
+    )
+    return f"{how}: float {number(report.memory.float_mib, 1)} MiB, INT8 {number(report.memory.int8_mib, 1)} MiB."
+
+
 def mode_of(timing: GpuTiming) -> str:
     """How an inference was run, in words."""
     return f"{'with' if timing.transfers else 'without'} transfers, {'as a CUDA graph' if timing.graph else 'no graph'}"

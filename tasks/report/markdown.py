@@ -20,6 +20,7 @@ from tasks.report.content import (
     milliseconds,
     noisiest_first,
     number,
+    started_by,
     title_of,
     with_unit,
 )
@@ -29,6 +30,7 @@ from tasks.report.gpu import (
     baseline_text,
     gpu_notes,
     gpu_rows,
+    memory_name,
     mode_of,
     not_int8,
     shorten,
@@ -235,7 +237,7 @@ def _size(report: RunReport) -> str:
             with_unit(compression.ratio, "x"),
         ],
         [
-            "Peak memory, MiB",
+            f"{memory_name(report).capitalize()}, MiB",
             number(memory.float_mib, 1),
             number(memory.int8_mib, 1),
             with_unit(memory.float_mib / memory.int8_mib, "x"),
@@ -290,6 +292,7 @@ def _origin(report: RunReport) -> str:
     kept = report.quantized.kept_float
     rows = [
         ["Run", f"{report.run_id}, {report.started}, {duration(report)}, seed {report.spec.seed}"],
+        ["Started", started_by(report)],
         ["Model", f"{report.model.architecture}, {report.model.num_classes} classes"],
         ["Data", report.data.source],
         ["Images", ", ".join(f"{split} {count:,}" for split, count in report.data.counts.items())],

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from tasks.contracts.records import Accuracy, Latency, LayerError, LayerPrecision
 from tasks.report.content import RunReport, noisiest_first, number
-from tasks.report.gpu import PRECISIONS, baseline_text
+from tasks.report.gpu import PRECISIONS, baseline_text, memory_name
 from tasks.report.history import Night
 
 MIB = 2**20
@@ -179,7 +179,7 @@ def _draw_accuracy(axes: Axes, before: Accuracy, after: Accuracy, palette: Palet
 def _draw_size(axes: Axes, report: RunReport, palette: Palette) -> None:
     compression, memory = report.export.compression, report.memory
     pairs = [(compression.float_bytes / MIB, compression.int8_bytes / MIB), (memory.float_mib, memory.int8_mib)]
-    _draw_pairs(axes, pairs, ["file", "peak memory"], palette)
+    _draw_pairs(axes, pairs, ["file", memory_name(report)], palette)
     axes.legend(frameon=False, labelcolor=palette.ink, loc="upper left")  # files are smaller than the memory they need
     _title(axes, "Size (MiB)", palette)
 

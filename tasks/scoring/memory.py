@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,8 @@ def peak_memory_mib(path: Path, *, threads: int, batch_size: int, limit_s: float
     Raises:
         EngineError: if the process fails, with the end of what it said, or takes longer than `limit_s`.
     """
-    command = [sys.executable, "-m", "tasks.scoring.memory_probe", str(path.resolve()), str(threads), str(batch_size)]
+    arguments = (path.resolve(), threads, batch_size, os.getpid())
+    command = [sys.executable, "-m", "tasks.scoring.memory_probe", *map(str, arguments)]
     try:
         child = subprocess.run(  # noqa: S603 - our own module, no shell
             command, cwd=ROOT, capture_output=True, text=True, timeout=limit_s, check=False

@@ -1,4 +1,4 @@
-"""`python -m tasks.scoring.memory_probe PATH THREADS BATCH`: load a model, run one batch, print the peak memory in KiB.
+"""`python -m tasks.scoring.memory_probe PATH THREADS BATCH PARENT`: load a model, run one batch, print the peak in KiB.
 
 A process of its own, which imports no more than an engine needs.
 """
@@ -12,13 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from tasks.contracts.errors import EngineError, RequantError
+from tasks.contracts.lifetime import die_with
 from tasks.engines.base import TensorInfo
 from tasks.engines.onnxruntime import OnnxRuntimeEngine
 
 STATUS = Path("/proc/self/status")
 
 
-def main(path: str, threads: str, batch_size: str) -> int:
+def main(path: str, threads: str, batch_size: str, parent: str) -> int:
+    die_with(int(parent))
     try:
         with OnnxRuntimeEngine(Path(path), threads=int(threads)) as engine:
             engine.run({info.name: _ones(info, int(batch_size)) for info in engine.inputs})

@@ -46,6 +46,14 @@ class Entry(NamedTuple):
 Entries: TypeAlias = list[Entry]
 
 
+class Content(NamedTuple):
+    """What a file holds, by its digests. The parts are those in which the adapter sends it, none if it goes whole."""
+
+    sha256: str
+    size_bytes: int
+    parts: tuple[str, ...] = ()
+
+
 class Versioned(NamedTuple):
     """A document, and the version to hand to `write_if`. Equal texts may have equal versions."""
 
@@ -58,11 +66,16 @@ class Store(ABC):
 
     def put(self, path: Path, *, kind: str) -> ArtifactRef:
         """Keep the bytes of `path` as `objects/<kind>/<sha256><suffix>`. Bytes that are there are not sent again."""
-        sha256, size_bytes = _digest(path)
-        key = _checked(f"objects/{kind}/{sha256}{path.suffix}")
-        ref = ArtifactRef(key=key, sha256=sha256, size_bytes=size_bytes)
+        try:
+            content = self._content(path)
+        except OSError as error:
+            raise StoreError(
+                f"{path} cannot be read: {error.strerror}.", remedy="Name a file that can be read."
+            ) from error
+        key = _checked(f"objects/{kind}/{content.sha256}{path.suffix}")
+        ref = ArtifactRef(key=key, sha256=content.sha256, size_bytes=content.size_bytes)
         if not self.renew(ref):
-            self._upload(path, key, sha256)
+            self._upload(path, key, content)
         return ref
 
     def fetch(self, ref: ArtifactRef, into: Path) -> Path:
@@ -168,8 +181,11 @@ class Store(ABC):
     def compare_and_set(self) -> str:
         """What `write_if` rests on here, for people."""
 
+    def _content(self, path: Path) -> Content:
+        return Content(sha256_of(path), path.stat().st_size)
+
     @abstractmethod
-    def _upload(self, path: Path, key: str, sha256: str) -> None: ...
+    def _upload(self, path: Path, key: str, content: Content) -> None: ...
 
     @abstractmethod
     def _download(self, key: str, path: Path) -> str:
@@ -243,13 +259,6 @@ def sha256_of(path: Path) -> str:
     """Digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest(path: Path) -> tuple[str, int]:
-    try:
-        return sha256_of(path), path.stat().st_size
-    except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error.strerror}.", remedy="Name a file that can be read.") from error
 
 
 def _checked(key: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tasks.contracts.errors import StoreError
 from tasks.contracts.records import ArtifactRef
-from tasks.stores.base import Entries, Entry, Store, sha256_of
+from tasks.stores.base import Content, Entries, Entry, Store, sha256_of
 from tasks.stores.workspace import replacing
 
 _REMEDIES = {
@@ -44,7 +44,7 @@ class LocalStore(Store):
             raise self._missing(ref.key)
         return self._root / ref.key
 
-    def _upload(self, path: Path, key: str, sha256: str) -> None:  # noqa: ARG002 a folder keeps it in the name alone
+    def _upload(self, path: Path, key: str, content: Content) -> None:  # noqa: ARG002 a folder keeps it in the name alone
         with self._errors("cannot be stored", key), replacing(self._made(key)) as partial:
             shutil.copyfile(path, partial)
 

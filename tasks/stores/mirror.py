@@ -64,11 +64,28 @@ def local_tree(url: str, wanted: Callable[[str], bool], progress: Progress | Non
     return _mirrored(url, "", wanted, progress)
 
 
+def listing_digest(url: str, wanted: Callable[[str], bool] = lambda _: True) -> str:
+    """SHA-256 that changes with any object below `url` that is `wanted`, or with the one at it. Nothing is fetched.
+
+    Raises:
+        StoreError: if they cannot be listed.
+    """
+    parts = urlsplit(url)
+    name = parts.path.strip("/")
+    prefix = f"{name}/".lstrip("/")
+    listed = [
+        (item.name, item.etag, item.size_bytes)
+        for item in _bucket(parts.netloc).objects(name)
+        if item.name == name or (item.name.startswith(prefix) and wanted(item.name.removeprefix(prefix)))
+    ]
+    return hashlib.sha256(json.dumps([url, listed]).encode()).hexdigest()
+
+
 def _mirrored(url: str, start: str, wanted: Callable[[str], bool], progress: Progress | None) -> Path:
     """The same, of the paths that begin with `start`."""
     settings = Settings()
     parts = urlsplit(url)
-    store: S3Store = open_store(f"{SCHEME}{parts.netloc}")  # type: ignore[assignment]
+    store = _bucket(parts.netloc)
     prefix = f"{parts.path.strip('/')}/".lstrip("/")
     home = settings.scratch / "mirror"
     found = {
@@ -96,6 +113,10 @@ def _mirrored(url: str, start: str, wanted: Callable[[str], bool], progress: Pro
                 _build(tree, {path: home / "blobs" / name for path, name in identity})
             _make_room(home, room)
     return tree
+
+
+def _bucket(name: str) -> S3Store:
+    return open_store(f"{SCHEME}{name}")  # type: ignore[return-value]
 
 
 def _stays_inside(path: str) -> bool:

@@ -2,8 +2,9 @@
 
     models/<name>/releases/<n>   a release: written once, whole or not at all, signed, never changed
     models/<name>/champion       the release that production serves, and the log of all promotions
+    models/<name>/settled        what decided the last good run, written last by each of them
 
-Both rest on compare-and-set alone. Whoever is killed in between leaves a release that nobody serves, and no more.
+The first two rest on compare-and-set alone: whoever is killed in between leaves a release that nobody serves, no more.
 """
 
 from __future__ import annotations
@@ -173,7 +174,10 @@ def rollback(store: Store, name: str, keys: Keys = NO_KEYS) -> Promotion:
 
 
 def last_good_run(store: Store, name: str) -> datetime | None:
-    """When a run last passed all gates, by the clock of the store; None if none has."""
+    """When a run last passed all gates or found nothing changed, by the clock of the store; None if none has."""
+    settled = store.entry(settled_key(name))
+    if settled is not None:
+        return settled.modified
     records = {entry.key: entry.modified for entry in store.entries(f"models/{name}/runs/")}
     for key in sorted(records, reverse=True):  # names of runs rise with time
         if key.endswith("/record.json"):
@@ -325,6 +329,11 @@ def _home(name: str) -> str:
 
 def _key(name: str, number: int) -> str:
     return f"{_home(name)}/releases/{number}"
+
+
+def settled_key(name: str) -> str:
+    """Of the note of what decided the last good run; each good run writes it."""
+    return f"{_home(name)}/settled"
 
 
 def _pointer(name: str) -> str:

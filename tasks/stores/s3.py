@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import random
 import threading
 import time
@@ -20,18 +19,22 @@ from uuid import uuid4
 
 import boto3
 import botocore.exceptions as boto
+from botocore.auth import AUTH_TYPE_MAPS, S3SigV4Auth
 from botocore.config import Config
+from s3transfer.utils import ReadFileChunk
 from urllib3.exceptions import HTTPError
 
 from tasks.contracts.errors import StoreError, TransientStoreError
 from tasks.contracts.settings import S3Settings
-from tasks.stores.base import DOCUMENTS_AT_ONCE, Entries, Entry, Store
+from tasks.stores.base import DOCUMENTS_AT_ONCE, Content, Entries, Entry, Store, sha256_of
 
 if TYPE_CHECKING:
+    from botocore.awsrequest import AWSRequest
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef
 
-PART_BYTES = 8 * 2**20  # fixed, so that any process can go on with the parts of another
+PART_BYTES = 16 * 2**20  # of an upload; fixed, so that any process can go on with the parts of another
+RANGE_BYTES = 8 * 2**20  # of a download; unlike parts, which are read while they are sent, ranges are held in memory
 MAX_PARTS = 10_000
 
 _LOCKS, _PROBES = ".locks/", ".probes/"  # no part of a key starts with a dot, so these are never listed
@@ -153,6 +156,36 @@ class Object(NamedTuple):
     modified: datetime
 
 
+class _Part(ReadFileChunk):
+    """A part of a file, read while it is sent."""
+
+    sha256: str  # known before it is sent
+
+    def digest(self, algorithm: str) -> str:
+        """Of all its bytes; it is at its start again afterwards."""
+        digest = hashlib.new(algorithm, usedforsecurity=False)
+        while chunk := self.read(2**18):
+            digest.update(chunk)
+        self.seek(0)
+        return digest.hexdigest()
+
+
+class _PartAuth(S3SigV4Auth):
+    """Signs a part with the digest that is known, where botocore would read and hash it once more."""
+
+    def payload(self, request: AWSRequest) -> str:
+        body: Any = request.body
+        return body.sha256 if isinstance(body, _Part) else super().payload(request)
+
+
+AUTH_TYPE_MAPS[_PartAuth.__name__] = _PartAuth
+
+
+def _signer(signature_version: str, **_: Any) -> str | None:
+    """Ours in place of the usual one; None leaves the others, such as those of S3 Express, as they are."""
+    return _PartAuth.__name__ if signature_version in ("v4", "s3v4") else None
+
+
 class S3Store(Store):
     """Keys are object keys below `prefix` in a bucket that exists. Credentials are those that boto3 finds.
 
@@ -178,13 +211,21 @@ class S3Store(Store):
     def __str__(self) -> str:
         return f"s3://{self._bucket}/{self._root}".rstrip("/")
 
-    def _upload(self, path: Path, key: str, sha256: str) -> None:
+    def _content(self, path: Path) -> Content:
+        """Nothing can be sent before the file has its name, so meanwhile another core hashes the parts."""
+        size_bytes = path.stat().st_size
+        if size_bytes <= PART_BYTES:
+            return super()._content(path)
+        with _threads(1) as pool:
+            parts = pool.submit(_part_digests, path, size_bytes)
+            return Content(sha256_of(path), size_bytes, parts.result())
+
+    def _upload(self, path: Path, key: str, content: Content) -> None:
         with self._errors("cannot be stored", key):
-            size_bytes = path.stat().st_size
-            if size_bytes <= PART_BYTES:
-                self._put(key, path.read_bytes())
+            if content.parts:
+                self._upload_parts(path, key, content)
             else:
-                self._upload_parts(path, key, sha256, size_bytes)
+                self._put(key, path.read_bytes())
 
     def _download(self, key: str, path: Path) -> str:
         with self._errors("cannot be fetched", key):
@@ -198,10 +239,11 @@ class S3Store(Store):
                 file.seek(0)
                 while chunk := file.read(2**20):
                     digest.update(chunk)
-                with closing(self._chunks(key, file.tell(), size_bytes)) as chunks:
+                with closing(self._chunks(key, file.tell(), size_bytes)) as chunks, _threads(1) as beside:
                     for chunk in chunks:
+                        hashed = beside.submit(digest.update, chunk)
                         file.write(chunk)
-                        digest.update(chunk)
+                        hashed.result()
             return digest.hexdigest()
 
     def _entry(self, key: str) -> Entry | None:
@@ -313,7 +355,7 @@ class S3Store(Store):
             StoreError: if it is gone, or cannot be read.
         """
         with self._errors("cannot be read", found.name):
-            if found.size_bytes <= PART_BYTES:
+            if found.size_bytes <= RANGE_BYTES:
                 try:
                     content, answer = self._get(found.name)
                 except self._client.exceptions.NoSuchKey:
@@ -365,12 +407,12 @@ class S3Store(Store):
         """The object's bytes from `start` to `end`, in order; the next ones are on their way meanwhile."""
 
         def chunk(first: int) -> bytes:
-            content, _ = self._get(key, Range=f"bytes={first}-{min(first + PART_BYTES, end) - 1}")
+            content, _ = self._get(key, Range=f"bytes={first}-{min(first + RANGE_BYTES, end) - 1}")
             return content
 
         waiting: deque[Future[bytes]] = deque()
         with _threads(self._settings.concurrency) as pool:
-            for first in range(start, end, PART_BYTES):
+            for first in range(start, end, RANGE_BYTES):
                 waiting.append(pool.submit(chunk, first))
                 if len(waiting) > self._settings.concurrency:
                     yield waiting.popleft().result()
@@ -379,35 +421,39 @@ class S3Store(Store):
 
     # Multipart uploads
 
-    def _upload_parts(self, path: Path, key: str, sha256: str, size_bytes: int) -> None:
+    def _upload_parts(self, path: Path, key: str, content: Content) -> None:
         """Equal keys mean equal bytes, so whoever comes goes on with the upload that is open, even in a race."""
-        part_bytes = max(PART_BYTES, -(-size_bytes // MAX_PARTS))
         name = {"Bucket": self._bucket, "Key": self._root + key}
-        numbers = range(1, -(-size_bytes // part_bytes) + 1)
-        sizes = {number: min(part_bytes, size_bytes - (number - 1) * part_bytes) for number in numbers}
-        upload_id, etags = self._open_upload(key, sizes)
+        spans = dict(enumerate(_spans(content.size_bytes), start=1))
+        upload_id, etags = self._open_upload(key, {number: size for number, (_, size) in spans.items()})
         if not upload_id:
             arguments: dict[str, Any] = {**name, **self._encrypted}
-            upload_id = self._client.create_multipart_upload(Metadata={"sha256": sha256}, **arguments)["UploadId"]
+            answer = self._client.create_multipart_upload(Metadata={"sha256": content.sha256}, **arguments)
+            upload_id = answer["UploadId"]
         upload: dict[str, Any] = {**name, "UploadId": upload_id}
 
         def send(number: int) -> CompletedPartTypeDef:
-            content = os.pread(file.fileno(), part_bytes, (number - 1) * part_bytes)
-            etag = etags.get(number)
-            if etag is None or etag != hashlib.md5(content, usedforsecurity=False).hexdigest():
-                etag = self._client.upload_part(**upload, PartNumber=number, Body=content)["ETag"]
-            return {"PartNumber": number, "ETag": etag}
+            if path.stat().st_size != content.size_bytes:  # other changes the server finds by the part's digest
+                raise TransientStoreError(f"{path} has changed while it was stored.", remedy="Store it again.")
+            with _Part.from_filename(str(path), *spans[number]) as part:
+                part.sha256 = content.parts[number - 1]
+                etag = etags.get(number)
+                if etag is None or etag != part.digest("md5"):
+                    body: Any = part
+                    etag = self._client.upload_part(**upload, PartNumber=number, Body=body)["ETag"]
+                return {"PartNumber": number, "ETag": etag}
 
         try:
-            with path.open("rb") as file, _threads(self._settings.concurrency) as pool:
-                parts = list(pool.map(send, numbers))
+            with _threads(self._settings.concurrency) as pool:
+                parts = list(pool.map(send, spans))
             self._client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
         except self._client.exceptions.NoSuchUpload:
-            if self._size(key) != size_bytes:  # otherwise another process has completed it
+            if self._size(key) != content.size_bytes:  # otherwise another process has completed it
                 raise
-        if (found := self._size(key)) != size_bytes:
+        if (found := self._size(key)) != content.size_bytes:
             raise TransientStoreError(
-                f"{key} has arrived in {self} with {found} bytes, expected {size_bytes}.", remedy="Store it again."
+                f"{key} has arrived in {self} with {found} bytes, expected {content.size_bytes}.",
+                remedy="Store it again.",
             )
 
     def _size(self, key: str) -> int | None:
@@ -542,8 +588,22 @@ class S3Store(Store):
             ) from None
 
 
+def _spans(size_bytes: int) -> list[tuple[int, int]]:
+    """First byte and size of each part."""
+    part_bytes = max(PART_BYTES, -(-size_bytes // MAX_PARTS))
+    return [(first, min(part_bytes, size_bytes - first)) for first in range(0, size_bytes, part_bytes)]
+
+
+def _part_digests(path: Path, size_bytes: int) -> tuple[str, ...]:
+    digests = []
+    for span in _spans(size_bytes):
+        with _Part.from_filename(str(path), *span) as part:
+            digests.append(part.digest("sha256"))
+    return tuple(digests)
+
+
 def _client(settings: S3Settings) -> S3Client:
-    return boto3.session.Session().client(
+    client = boto3.session.Session().client(
         "s3",
         endpoint_url=settings.endpoint,
         region_name=settings.region,
@@ -558,6 +618,8 @@ def _client(settings: S3Settings) -> S3Client:
             response_checksum_validation="when_required",
         ),
     )
+    client.meta.events.register("choose-signer.s3.UploadPart", _signer)  # type: ignore[arg-type]  # it may answer
+    return client
 
 
 def _fault(error: Exception) -> _Fault | None:

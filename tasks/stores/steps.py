@@ -6,11 +6,12 @@ import ast
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import resolve_name
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -30,15 +31,21 @@ def step_key(step: str, inputs: Mapping[str, JSON]) -> str:
 
 
 def once(
-    store: Store, step: str, inputs: Mapping[str, JSON], record_type: type[R], compute: Callable[[], R]
+    store: Store,
+    step: str,
+    inputs: Mapping[str, JSON],
+    record_type: type[R],
+    compute: Callable[[], R],
+    *,
+    redo: bool = False,
 ) -> tuple[R, bool]:
     """The step's record, and True if it was found rather than computed.
 
     A found record is trusted only if every artifact that it names is still there in full size. The inputs are kept
-    beside the record, to see by which of them two runs differ.
+    beside the record, to see by which of them two runs differ. `redo` computes in any case.
     """
     key = f"steps/{step}/{step_key(step, inputs)}.json"
-    found = _stored(store.read_text(key), record_type)
+    found = None if redo else _stored(store.read_text(key), record_type)
     if found is not None and all(store.renew(ref) for ref in refs_in(found)):
         return found, True
     record = compute()
@@ -62,34 +69,62 @@ def refs_in(value: object) -> Iterator[ArtifactRef]:
             yield from refs_in(item)
 
 
-@cache
 def code_digest(module: str, *, sources: Path = SOURCES) -> str:
     """Digest of the source of `module` and of all modules below `sources` that it imports, directly or not.
 
     Imports are read from the syntax tree, also inside functions, and nothing is executed. So a change of code changes
-    the key of exactly the steps that depend on it. Cached: source does not change under a running process.
+    the key of exactly the steps that depend on it.
 
     Raises:
         ModuleNotFoundError: if there is no such module below `sources`.
     """
+    return _reach(module, sources).digest
+
+
+def imports_of(module: str, *, sources: Path = SOURCES) -> frozenset[str]:
+    """Names, up to the first dot, of all that these modules import from elsewhere."""
+    return _reach(module, sources).outside
+
+
+class _Reach(NamedTuple):
+    digest: str
+    outside: frozenset[str]
+
+
+@cache
+def _reach(module: str, sources: Path) -> _Reach:
+    """What a module rests on. Cached: source does not change under a running process."""
     if _file_of(module, sources) is None:
         raise ModuleNotFoundError(f"No module {module!r} in {sources}.", name=module)
     seen: dict[str, bytes] = {}
+    outside: set[str] = set()
     waiting = [module]
     while waiting:
         name = waiting.pop()
         path = _file_of(name, sources)
-        if path is not None and name not in seen:
+        if path is None:
+            outside.add(name.partition(".")[0])
+        elif name not in seen:
             seen[name] = path.read_bytes()
             package = name if path.name == "__init__.py" else name.rpartition(".")[0]
             waiting.extend(_imports(seen[name], package))
     digests = {name: hashlib.sha256(seen[name]).hexdigest() for name in sorted(seen)}
-    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+    ours = {name.partition(".")[0] for name in seen}  # a name in one of our modules looks like a module of its own
+    return _Reach(hashlib.sha256(json.dumps(digests).encode()).hexdigest(), frozenset(outside - ours))
 
 
 def library_versions(*names: str) -> dict[str, str]:
     """Installed versions by distribution name."""
     return {name: version(name) for name in names}
+
+
+def installed_versions(*names: str) -> dict[str, str]:
+    """The same of those that are installed."""
+    found: dict[str, str] = {}
+    for name in names:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _stored(text: str | None, record_type: type[R]) -> R | None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -28,6 +28,10 @@ from tasks.data.images import prepare_images
 from tasks.models.architectures import build_model
 from tasks.models.weights import save_weights
 from tasks.report.content import RunReport
+from tests.flows.prefect_server import Installation, installation
+
+if TYPE_CHECKING:
+    from tests.flows.production import Production
 
 NETWORKS = '''
 """Two classifiers that train in seconds."""
@@ -250,6 +254,13 @@ def _kept_log() -> Iterator[list[str]]:
 
 
 @pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
+    """A server and a worker for all tests that kill one, or what it runs."""
+    with installation(tmp_path_factory.mktemp("installation")) as place:
+        yield place
+
+
+@pytest.fixture(scope="session")
 def plain() -> dict[str, Any]:
     """Digits, for ONNX Runtime."""
     return PLAIN
@@ -293,6 +304,16 @@ def first(world: Place, tmp_path_factory: pytest.TempPathFactory) -> tuple[Place
 def after_first(first: tuple[Place, Run], tmp_path: Path) -> Place:
     """A copy of the place in which one run has ended well."""
     return _copied(first[0], tmp_path / "place")
+
+
+@pytest.fixture(scope="session")
+def fleet(first: tuple[Place, Run], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Production]:
+    """A server and a worker for all tests of a session, beside a place in which one run has ended well."""
+    from tests.flows.production import production
+
+    folder = tmp_path_factory.mktemp("fleet")
+    with production(_copied(first[0], folder / "place"), folder) as running:
+        yield running
 
 
 def _copied(place: Place, path: Path, *, without: tuple[str, ...] = ()) -> Place:

@@ -1,123 +1,66 @@
-"""The deployments of prefect.yaml on a real server with a real worker."""
+"""The deployments of prefect.yaml by Prefect's own command, and a run by hand."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import socket
 import subprocess
-import sys
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
-import pytest
+
+from tests.flows.production import PREFECT
 
 if TYPE_CHECKING:
-    from tests.flows.conftest import Place
+    from tests.flows.production import Production
 
 ROOT = Path(__file__).resolve().parents[2]
-PREFECT = str(Path(sys.executable).with_name("prefect"))
 
 
-@dataclass(frozen=True)
-class Server:
-    """A running `prefect server start`, and how commands reach it."""
-
-    url: str
-    folder: Path  # where commands start
-    environment: Mapping[str, str]
-
-    def prefect(self, *arguments: str) -> str:
-        """What a command prints; it must end well."""
-        process = self.start(*arguments)
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, output
-        return output
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [PREFECT, *arguments], cwd=self.folder, env=self.environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-
-    def get(self, path: str) -> Any:
-        return httpx.get(f"{self.url}{path}").raise_for_status().json()
+def prefect(fleet: Production, *arguments: str) -> str:
+    """What a command prints; it must end well."""
+    ended = subprocess.run(
+        [PREFECT, *arguments], cwd=fleet.place.path, env={**os.environ, **fleet.environment}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout
+    return ended.stdout
 
 
-@pytest.fixture
-def server(after_first: Place, tmp_path: Path) -> Iterator[Server]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}/api"
-    environment = {
-        **os.environ, **after_first.environment, "PREFECT_HOME": str(tmp_path / "prefect"), "PREFECT_API_URL": url,
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1", "PREFECT_CLI_COLORS": "false",
-        "PREFECT_WORKER_QUERY_SECONDS": "2",
-    }  # fmt: skip
-    server = Server(url, after_first.path, environment)
-    with (tmp_path / "server.log").open("w") as log:
-        process = subprocess.Popen(
-            [PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port)],
-            env=environment, stdout=log, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        try:
-            wait_for(lambda: httpx.get(f"{url}/health").is_success, "the server to answer")
-            yield server
-        finally:
-            process.terminate()
-            process.wait(timeout=30)
-
-
-def wait_for(happened: Any, what: str) -> None:
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        try:
-            if happened():
-                return
-        except httpx.TransportError:
-            pass  # not listening yet
-        time.sleep(0.2)
-    pytest.fail(f"waited in vain for {what}")
-
-
-def test_a_run_by_hand_goes_through_server_and_worker(
-    server: Server, after_first: Place, plain: dict[str, Any]
-) -> None:
+def test_a_run_by_hand_goes_through_server_and_worker(fleet: Production, plain: dict[str, Any]) -> None:
     """The spec comes as JSON, is checked before a run exists, and names the run; the worker ends it well."""
-    shutil.copy(ROOT / "prefect.yaml", after_first.path)
-    server.prefect("work-pool", "create", "cpu", "--type", "process")
-    server.prefect("--no-prompt", "deploy", "--all")
-    deployment = server.get("/deployments/name/requantize/by-hand")
+    shutil.copy(ROOT / "prefect.yaml", fleet.place.path)
+    prefect(fleet, "--no-prompt", "deploy", "--all")
+    deployment = fleet.all("deployments")["requantize/by-hand"]
     assert deployment["entrypoint"] == "flows.requantize.requantize"
     assert deployment["schedules"] == []
 
+    before = {run["id"] for run in fleet.runs()}
     wrong = {"parameters": {"spec": {**plain, "quant": {"method": "guess"}}}}
-    refused = httpx.post(f"{server.url}/deployments/{deployment['id']}/create_flow_run", json=wrong)
+    refused = httpx.post(f"{fleet.url}/deployments/{deployment['id']}/create_flow_run", json=wrong, timeout=30)
     assert refused.status_code == httpx.codes.CONFLICT
     assert "spec.quant.method" in refused.json()["detail"]
+    assert {run["id"] for run in fleet.runs()} == before
 
-    def runs() -> list[dict[str, Any]]:
-        answer = httpx.post(f"{server.url}/flow_runs/filter", json={})
-        return list(answer.raise_for_status().json())
+    prefect(fleet, "deployment", "run", "requantize/by-hand", "--param", f"spec={json.dumps(plain)}", "--watch")
+    (run,) = [run for run in fleet.runs("by-hand") if run["id"] not in before]
+    assert (run["state_type"], run["name"]) == ("COMPLETED", f"plain by hand {run['expected_start_time'][:10]}")
+    assert fleet.place.leftovers() == []
 
-    assert runs() == []
-    parameter = f"spec={json.dumps(plain)}"
-    watched = server.start("deployment", "run", "requantize/by-hand", "--param", parameter, "--watch")
-    try:
-        wait_for(runs, "the run to be scheduled")
-        log = server.prefect("worker", "start", "--pool", "cpu", "--run-once")
-        output, _ = watched.communicate(timeout=60)
-    finally:
-        watched.kill()
-        watched.wait()
-    (run,) = runs()
-    assert watched.returncode == 0, output + log
-    assert (run["state_type"], run["name"]) == ("COMPLETED", "plain")
-    assert len(list((after_first.store / "models" / "plain" / "runs").glob("*/record.json"))) == 2
-    assert after_first.leftovers() == []
+
+def test_the_form_says_what_every_key_is(fleet: Production, plain: dict[str, Any]) -> None:
+    """In the UI each key of the spec has a title or a description, and the model's own values are filled in."""
+    fleet.deploy(plain)
+    deployment = fleet.all("deployments")["requantize/by-hand-plain"]
+    assert deployment["parameters"]["spec"]["model"] == plain["model"]
+    schema = deployment["parameter_openapi_schema"]
+    sections = {**schema["definitions"], "parameters": schema}
+    silent = [
+        f"{name}.{key}"
+        for name, section in sections.items()
+        for key, said in section["properties"].items()
+        if not said.get("description") and "$ref" not in said  # a section describes itself
+    ]
+    assert silent == []

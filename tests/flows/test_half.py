@@ -1,25 +1,39 @@
-"""What a run leaves for TensorRT, whether or not this machine can build an engine from it."""
+"""What is exported for TensorRT, which needs no GPU; the whole flow would end at the first step without one."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx
 import pytest
 from onnx import TensorProto
+from prefect import flow
 
+from tasks.choose_calibration import choose_calibration
 from tasks.contracts.records import ArtifactRef, ExportRecord
+from tasks.contracts.spec import RunSpec, spec_from
+from tasks.export_model import export_model
+from tasks.load_model import load_model
+from tasks.prepare_data import prepare_data
+from tasks.quantize_model import quantize_model
 from tasks.stores.local import LocalStore
 
 if TYPE_CHECKING:
     from tests.flows.conftest import Place
 
 
-def exported(place: Place) -> ExportRecord:
-    (path,) = (place.store / "steps" / "export_model").glob("*.json")
-    return ExportRecord.model_validate(json.loads(path.read_text())["record"])
+@flow
+def up_to_export(spec: RunSpec) -> ExportRecord:
+    data = prepare_data(spec)
+    model = load_model(spec, data)
+    quantized = quantize_model(spec, data, model, choose_calibration(spec, data, model))
+    return export_model(spec, data, model, quantized)
+
+
+def exported(place: Place, values: dict[str, Any], **target: Any) -> ExportRecord:
+    with place._entered():
+        return up_to_export(spec_from({**values, "target": target}, origin="test"))
 
 
 def weight_types(place: Place, ref: ArtifactRef) -> set[str]:
@@ -34,8 +48,7 @@ def test_a_run_for_tensorrt_exports_float16(
     remainder: str, float_type: str, place: Place, mobile: dict[str, Any]
 ) -> None:
     """The float model always, to compare INT8 with; what is not INT8 if the spec says so."""
-    place.run(mobile, target={"runtime": "tensorrt", "tensorrt": {"remainder": remainder}})
-    record = exported(place)
+    record = exported(place, mobile, runtime="tensorrt", tensorrt={"remainder": remainder})
     assert record.half_onnx is not None
     assert weight_types(place, record.float_onnx) == {"FLOAT"}
     assert weight_types(place, record.half_onnx) == {"FLOAT16"}
@@ -45,6 +58,6 @@ def test_a_run_for_tensorrt_exports_float16(
 
 def test_a_run_for_onnx_runtime_has_none(place: Place, mobile: dict[str, Any]) -> None:
     """Nothing is exported that nobody loads."""
-    place.run(mobile)
-    assert exported(place).half_onnx is None
-    assert weight_types(place, exported(place).int8_onnx) == {"INT8", "FLOAT"}
+    record = exported(place, mobile, scheme="tensorrt")
+    assert record.half_onnx is None
+    assert weight_types(place, record.int8_onnx) == {"INT8", "FLOAT"}

@@ -41,6 +41,11 @@ def test_data_weights_and_store_in_s3(
     assert not place.store.exists()
 
     again = remote.run(mobile, **sections)
-    assert again.state.is_completed()
-    assert not [line for line in again.log if ": done in" in line]
-    assert "nothing has changed: release 1 of mobile stays champion" in again.log
+    assert again.state.name == "Unchanged"
+    assert (again.state.message or "").endswith("are the same; release 1 stays champion")
+    client.upload_file(str(place.path / "shapes/disc/00.png"), bucket, f"{prefix}/shapes/disc/again.png")
+    more = remote.run(mobile, **sections)
+    (line,) = (line for line in more.log if line.startswith("changed since run"))
+    assert "data (" in line
+    assert "weights (" not in line
+    assert "check_data: done in" in "\n".join(more.log)

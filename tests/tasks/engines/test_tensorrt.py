@@ -14,8 +14,12 @@ import pytest
 
 from tasks.contracts.errors import EngineError
 from tasks.contracts.spec import TensorRtSpec
+from tasks.engines.inspector import audit
 from tasks.engines.tensorrt import TensorRtEngine
 from tasks.engines.tensorrt_build import BuiltPlan
+from tasks.graph.count import count_layers
+from tasks.scoring.gpu_latency import Effort, measure_gpu_speed
+from tasks.scoring.nvml import Unwatched
 from tests.tasks.engines.conftest import MakePlan, plan_maker
 
 SCALED = """
@@ -24,7 +28,7 @@ scaled (float[N,1,2,2] pixels) => (float[N,2] logits)
 <float[4,2] weight = {1, -1, 1, -1, 1, -1, 1, -1}>
 {
     flat = Flatten<axis = 1>(pixels)
-    logits = MatMul(flat, weight)
+    [fc] logits = MatMul(flat, weight)
 }
 """
 SPEC = TensorRtSpec(batch=(1, 2, 4))
@@ -101,6 +105,25 @@ def test_timing_splits_an_inference(engine: TensorRtEngine, *, graph: bool, tran
         assert timing.compute_ms > 0
         assert timing.enqueue_ms > 0
         assert (timing.h2d_ms > 0, timing.d2h_ms > 0) == (transfers, transfers)
+
+
+def test_engines_are_measured_in_turns(built: BuiltPlan) -> None:
+    """The whole protocol, in little: two engines, two batch sizes, four ways to run them."""
+    effort = Effort(warmup_s=0, measure_s=0, measure_runs=10)
+    with TensorRtEngine(built.plan, built.key) as first, TensorRtEngine(built.plan, built.key) as second:
+        speed, latencies = measure_gpu_speed(
+            {"int8": first, "float32": second}, {1: pixels(1), 4: pixels(4)}, Unwatched("not asked."), effort=effort
+        )
+    assert len(speed.timings) == 2 * 2 * 4
+    assert all(timing.compute.min > 0 and timing.num_iterations == 10 for timing in speed.timings)
+    assert all((timing.h2d.min > 0) == timing.transfers for timing in speed.timings)
+    assert [latency.batch_size for latency in latencies] == [1, 4]
+
+
+def test_the_audit_reads_what_a_build_leaves(built: BuiltPlan, model: Path) -> None:
+    """The inspector was asked with shapes set, without which it tells no data types."""
+    found = audit(built.layers.read_text(), count_layers(onnx.load(model), (1, 1, 2, 2)))
+    assert found.macs == {"int8": 0, "float16": 0, "float32": 8, "unknown": 0}
 
 
 def test_a_graph_answers_as_plain_kernels_do(built: BuiltPlan) -> None:

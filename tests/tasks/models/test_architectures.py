@@ -10,7 +10,8 @@ from torch import nn
 
 from tasks.contracts.errors import ModelError
 from tasks.contracts.spec import ModelSpec
-from tasks.models.architectures import architecture_digest, build_model
+from tasks.models.architectures import build_model
+from tasks.models.origin import architecture_digest
 
 OWN = """
 import torch
@@ -135,13 +136,13 @@ def test_an_own_factory_that_refuses_arguments_is_named(folder: Path) -> None:
 
 def test_the_digest_follows_the_source_of_an_own_factory(folder: Path) -> None:
     """A change in the module, or in one beside it that it imports, makes another digest."""
-    from tasks.stores.steps import code_digest
+    from tasks.stores.steps import _reach
 
     digests = [architecture_digest("own_net:net")]
     for changed in ("own_net.py", "own_blocks.py", "own_spoilt.py"):
         with (folder / changed).open("a") as file:
             file.write("# changed\n")
-        code_digest.cache_clear()
+        _reach.cache_clear()
         digests.append(architecture_digest("own_net:net"))
     assert len(set(digests)) == 3
     assert digests[2] == digests[3]

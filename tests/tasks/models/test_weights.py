@@ -14,7 +14,8 @@ import torchvision
 from torch import Tensor, nn
 
 from tasks.contracts.errors import ModelError
-from tasks.models.weights import load_weights, save_weights, weights_digest, weights_file
+from tasks.models.origin import weights_digest, weights_file
+from tasks.models.weights import load_weights, save_weights
 
 NAME = "mine:net"
 

@@ -34,7 +34,7 @@ from tasks.contracts.records import (
     PrecisionAudit,
     QuantizedRecord,
 )
-from tasks.contracts.spec import GatesSpec, PreprocessSpec, QuantSpec, RunSpec
+from tasks.contracts.spec import GatesSpec, PreprocessSpec, QuantSpec, RunSpec, TargetSpec
 from tasks.engines.base import Timing
 from tasks.gates.judge import judge, metrics_from
 from tasks.report.content import RunReport
@@ -285,6 +285,7 @@ def on_gpu(report: RunReport) -> RunReport:
             "latencies": latencies,
             "gpu": gpu,
             "hardware": "NVIDIA A10",
+            "spec": report.spec.model_copy(update={"target": TargetSpec(runtime="tensorrt")}),
             "notes": slower_notes(latencies),
             "engine": report.engine.model_copy(
                 update={"runtime": "tensorrt", "version": "10.13.3", "audit": an_audit(report.export.compression)}

@@ -3,7 +3,7 @@ from __future__ import annotations
 from tasks.contracts.records import PrecisionAudit
 from tasks.release_engine import released_engines
 from tasks.report.content import RunReport
-from tasks.report.gpu import audit_text, gpu_lines, gpu_notes, gpu_rows, not_int8, shorten, timing_text
+from tasks.report.gpu import audit_text, gpu_lines, gpu_notes, gpu_rows, memory_text, not_int8, shorten, timing_text
 
 
 def test_what_is_compared_stands_side_by_side(on_gpu: RunReport) -> None:
@@ -29,10 +29,14 @@ def test_what_the_driver_does_not_tell_is_left_out(on_gpu: RunReport) -> None:
     assert notes == ("Before: NVIDIA A10, driver 580.65.06, 47 °C.", *on_gpu.gpu.notes)
 
 
-def test_how_latency_was_measured(report: RunReport, on_gpu: RunReport) -> None:
+def test_how_latency_and_memory_were_measured(report: RunReport, on_gpu: RunReport) -> None:
     """Threads mean something on a CPU only."""
     assert timing_text(report).startswith("onnxruntime 1.31.1, 1 thread, on AMD EPYC")
     assert "50 rounds" in timing_text(report)
+    assert memory_text(report) == (
+        "Memory is the peak of a fresh process that loads the model and runs one batch: float 143.2 MiB, INT8 96.7 MiB."
+    )
+    assert memory_text(on_gpu) == "Memory is what an open engine takes of the GPU's: float 143.2 MiB, INT8 96.7 MiB."
     assert timing_text(on_gpu).startswith("tensorrt 10.13.3 on NVIDIA A10. The engines took turns")
 
 

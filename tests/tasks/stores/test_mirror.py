@@ -16,9 +16,10 @@ from torch import nn
 from tasks.contracts.errors import DataError, StoreError, TransientStoreError
 from tasks.data.manifest import build_manifest
 from tasks.data.sources import FileSource, open_source
-from tasks.models.weights import load_weights, weights_digest
+from tasks.models.origin import weights_digest
+from tasks.models.weights import load_weights
 from tasks.stores.base import open_store
-from tasks.stores.mirror import local_file, local_tree
+from tasks.stores.mirror import listing_digest, local_file, local_tree
 from tasks.stores.s3 import S3Store
 from tests.disks import mounted
 from tests.tasks.stores.faulty_proxy import counting, faulty
@@ -205,3 +206,25 @@ def test_a_full_or_read_only_scratch_is_one_clear_error(
     with pytest.raises(StoreError, match="cannot be written") as caught:
         local_file(f"{pets}/readme.txt")
     assert "REQUANT_SCRATCH" in caught.value.remedy
+
+
+def test_a_listing_tells_of_changes_and_nothing_is_fetched(pets: str, put: Put, s3_url: str, tmp_path: Path) -> None:
+    """New content, a new object, and one that is gone; not what is unwanted, and not what lies beside."""
+    put("weights.pth", b"1")
+
+    def digests() -> list[str]:
+        return [listing_digest(pets, lambda path: path.endswith(".png")), listing_digest(f"{s3_url}/weights.pth")]
+
+    states = [digests()]
+    put("pets/readme.txt", b"other")
+    put("pets2/cat/1.png", PNG)
+    put("weights.pth.bak", b"1")
+    assert digests() == states[0]
+    put("pets/cat/1.png", PNG + b"\0")
+    states.append(digests())
+    put("pets/cat/3.png", PNG)
+    put("weights.pth", b"2")
+    states.append(digests())
+    data, weights = (set(column) for column in zip(*states, strict=True))
+    assert (len(data), len(weights)) == (3, 2)
+    assert not (tmp_path / "scratch").exists()

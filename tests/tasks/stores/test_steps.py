@@ -12,7 +12,18 @@ import pytest
 
 from tasks.contracts.records import ArtifactRef, Record
 from tasks.stores.base import Store, open_store
-from tasks.stores.steps import JSON, SOURCES, code_digest, library_versions, once, refs_in, step_key
+from tasks.stores.steps import (
+    JSON,
+    SOURCES,
+    _reach,
+    code_digest,
+    imports_of,
+    installed_versions,
+    library_versions,
+    once,
+    refs_in,
+    step_key,
+)
 
 
 class Inner(Record):
@@ -51,6 +62,13 @@ def test_a_second_identical_step_is_not_computed(store: Store, tmp_path: Path) -
     assert once(store, "score", {"a": 1, "b": [2]}, Result, compute) == (result, False)
     assert once(store, "score", {"b": [2], "a": 1}, Result, compute) == (result, True)
     assert len(calls) == 1
+
+
+def test_a_step_is_computed_again_if_that_is_asked(store: Store) -> None:
+    """What it gives takes the place of what was stored."""
+    once(store, "score", {}, Result, lambda: Result(score=1.0))
+    assert once(store, "score", {}, Result, lambda: Result(score=2.0), redo=True) == (Result(score=2.0), False)
+    assert once(store, "score", {}, Result, lambda: Result(score=3.0)) == (Result(score=2.0), True)
 
 
 @pytest.mark.parametrize(("step", "inputs"), [("other", {"a": 1}), ("score", {"a": 2}), ("score", {"a": 1, "b": None})])
@@ -160,7 +178,7 @@ def digest_with(folder: Path, module: str, changed: str | None = None) -> str:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + ("# changed\n" if name == changed else ""))
-    code_digest.cache_clear()
+    _reach.cache_clear()
     return code_digest(module, sources=folder)
 
 
@@ -191,6 +209,19 @@ def test_a_digest_is_the_same_in_another_folder(tmp_path: Path) -> None:
     assert digest_with(tmp_path / "one", "tasks.top") == digest_with(tmp_path / "two", "tasks.top")
 
 
+def test_what_is_imported_from_elsewhere_is_told(tmp_path: Path) -> None:
+    """Of the module and of all that it imports; ours are not among it."""
+    digest_with(tmp_path / "tree", "tasks.top")
+    assert imports_of("tasks.top", sources=tmp_path / "tree") == {"os"}
+    assert imports_of("tasks.alone", sources=tmp_path / "tree") == set()
+
+
+def test_a_new_runtime_is_no_reason_to_quantize_again() -> None:
+    """Only what opens an engine imports its runtime."""
+    ours = {name: "onnxruntime" in imports_of(f"tasks.{name}") for name in ("quantize_model", "score_engine")}
+    assert ours == {"quantize_model": False, "score_engine": True}
+
+
 def test_an_unknown_module_is_refused(tmp_path: Path) -> None:
     """A typo must not give the digest of nothing."""
     with pytest.raises(ModuleNotFoundError, match=r"tasks\.nope"):
@@ -205,6 +236,11 @@ def test_our_own_modules_are_read_and_not_imported() -> None:
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=SOURCES, timeout=60)
     assert code_digest("tasks.contracts.spec") != code_digest("tasks.contracts.errors")
+
+
+def test_what_is_not_installed_has_no_version() -> None:
+    """And is no error where that is allowed."""
+    assert installed_versions("pytest", "no-such-distribution") == library_versions("pytest")
 
 
 def test_library_versions_are_those_installed() -> None:

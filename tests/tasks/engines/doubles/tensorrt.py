@@ -272,11 +272,21 @@ class Builder:
 
 
 class EngineInspector:
-    def __init__(self, layers: str) -> None:
-        self._layers = layers
+    """Tells data types only if it is given a context whose shapes are set."""
+
+    execution_context: IExecutionContext | None = None
+
+    def __init__(self, engine: ICudaEngine) -> None:
+        self._engine = engine
 
     def get_engine_information(self, format: LayerInformationFormat) -> str:  # noqa: A002 - TensorRT's name
-        return self._layers
+        told = self.execution_context is not None and self.execution_context.has_shapes
+        tensor = {"Format/Datatype": "Row major linear FP32" if told else "N/A due to dynamic shapes"}
+        layers = [
+            {"Name": node.name, "LayerType": node.op_type, "Inputs": [tensor], "Outputs": [tensor]}
+            for node in self._engine.model.graph.node
+        ]
+        return json.dumps({"Layers": layers, **self._engine.facts})
 
 
 class IExecutionContext:
@@ -292,6 +302,10 @@ class IExecutionContext:
             return False
         self._shapes[name] = list(shape)
         return True
+
+    @property
+    def has_shapes(self) -> bool:
+        return bool(self._shapes)
 
     def infer_shapes(self) -> list[str]:
         if "infer" in TROUBLE:
@@ -373,7 +387,7 @@ class ICudaEngine:
         return IExecutionContext(self)
 
     def create_engine_inspector(self) -> EngineInspector:
-        return EngineInspector(json.dumps({"Layers": [], **self.facts}))
+        return EngineInspector(self)
 
     def __del__(self) -> None:
         cuda.FREED.append("engine")
