@@ -40,6 +40,7 @@ def as_html(report: RunReport) -> str:
         report=report,
         headline=content.headline(report.decision),
         cautions=content.cautions(report),
+        started=content.started(report),
         duration=content.duration(report),
         started_by=content.started_by(report),
         calibration=content.calibration_text(report),

@@ -20,6 +20,7 @@ from tasks.report.content import (
     milliseconds,
     noisiest_first,
     number,
+    started,
     started_by,
     title_of,
     with_unit,
@@ -291,7 +292,7 @@ def _training(report: RunReport) -> str:
 def _origin(report: RunReport) -> str:
     kept = report.quantized.kept_float
     rows = [
-        ["Run", f"{report.run_id}, {report.started}, {duration(report)}, seed {report.spec.seed}"],
+        ["Run", f"{report.run_id}, {started(report)}, {duration(report)}, seed {report.spec.seed}"],
         ["Started", started_by(report)],
         ["Model", f"{report.model.architecture}, {report.model.num_classes} classes"],
         ["Data", report.data.source],
@@ -315,4 +316,4 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def _text(text: str) -> str:
     """Names from outside must not open a cell, a tag or a line."""
-    return " ".join(text.replace("|", "\\|").replace("_", "\\_").replace("<", "&lt;").split())
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())

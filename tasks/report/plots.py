@@ -91,6 +91,10 @@ def history_figure(nights: Sequence[Night], palette: Palette = LIGHT) -> Figure:
             accuracy.annotate(str(night.release), (_time(night), night.int8_top1 or 0), (0, -13),
                               textcoords="offset points", ha="center", fontsize=SMALL, color=palette.ink)  # fmt: skip
     _draw_nights(size, drawn, [(night.size_bytes or 0) / MIB for night in drawn], "INT8", palette)
+    scores = [score for night in drawn for score in (night.float_top1 or 0, night.int8_top1 or 0)]
+    if scores:
+        margin = max(0.15 * (max(scores) - min(scores)), 0.3)  # one value alone would get 5 percent on both sides
+        accuracy.set_ylim(min(scores) - 1.5 * margin, min(max(scores) + margin, 100.3))
     size.set_ylim(bottom=0)
     kinds = sorted({(night.runtime, night.batch_size or 0) for night in drawn})
     for (runtime, batch), style in zip(kinds, cycle(("-", "--", ":"))):

@@ -50,7 +50,7 @@ def test_a_gpus_numbers_are_told_when_there_are_any(on_gpu: RunReport, report: R
     assert "- The GPU's clocks were held down after measuring: software power cap." in lines
     assert "| features.0.0 | compute | FP16 | float16 | float16 | 11.00 |" in lines
     assert "97.8 % INT8, 2.1 % FP16, 0.1 % FP32, 0.0 % unknown; the graph asks for 97.9 % INT8" in text
-    assert max(len(line) for line in lines if line.startswith(r"| \_\_myl")) < 180
+    assert max(len(line) for line in lines if line.startswith("| __myl")) < 180
     for words in ("On the GPU", "Which precision", "over FP16"):
         assert words not in as_markdown(report)
 
