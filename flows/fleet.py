@@ -83,9 +83,9 @@ def _is_of(run: str, flow_run: UUID | None) -> bool:
 
 def _show(nights: Mapping[str, Night]) -> None:
     rows = [("model", *COLUMNS), *((name, *cells(night)) for name, night in nights.items())]
-    create_table_artifact(
-        [dict(zip(rows[0], row, strict=True)) for row in rows[1:]], key="fleet", description="What came of each model"
-    )
+    shown = [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+    table = [{"model": row["model"], "outcome": row["outcome"], **row} for row in shown]  # what counts is seen first
+    create_table_artifact(table, key="fleet", description="What came of each model")
     for line in aligned(rows, numbers=slice(3, 8)):
         get_run_logger().info("%s", line)
 
