@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tasks.contracts.errors import DataRejected, GateRejected, RequantError, SpecError
-from tasks.contracts.fleet import WorkerType
+from tasks.contracts.fleet import WorkerType, read_fleet
 from tasks.contracts.settings import Settings
 from tasks.contracts.spec import RunSpec, SchemeName, read_spec, spec_from
 
@@ -91,6 +91,23 @@ def run(
     """Re-quantize one model. Options go over what the spec file says."""
     short = {"model.architecture": model, "model.weights": weights, "data.source": data, "name": name}
     _run(_spec(spec, {**short, "target.runtime": target}, assign))
+
+
+@app.command()
+def run_all(
+    fleet: Annotated[Path, typer.Argument(help="The file of `requant deploy`.")] = Path("fleet.yaml"),
+    at_once: Annotated[int, typer.Option(help="How many models at the same time, on workers.", min=1)] = 2,
+) -> None:
+    """Re-quantize every model of a fleet: on the workers of PREFECT_API_URL, or without it here, in turn."""
+    _, specs = read_fleet(fleet)
+    with _prefect():
+        from prefect import tags
+        from prefect.settings import PREFECT_API_URL
+
+        from flows.fleet import requantize_many
+    with tags("requant"):
+        requantize_many(tuple(specs.values()), at_once, on_workers=PREFECT_API_URL.value() is not None)
+    Console().print(f"All {len(specs)} models are done", style="bold green")
 
 
 @app.command()
@@ -235,9 +252,13 @@ def releases(name: Model) -> None:
 
 
 @app.command()
-def history(name: Model) -> None:
-    """Who was champion, when and why."""
-    _print(_registry().history(name))
+def history(
+    name: Model,
+    plot: Annotated[Path | None, typer.Option(help="Draw accuracy, size and latency: a .png or .html file.")] = None,
+    last: Annotated[int, typer.Option(help="How many runs.", min=1)] = 100,
+) -> None:
+    """The runs of a model over time, rejected ones too, and who was champion, when and why."""
+    _print(_registry().history(name, last=last, plot=plot))
 
 
 @app.command()
@@ -394,6 +415,7 @@ def _prefect() -> Iterator[None]:
     _check_settings()
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")  # a cold start takes 20
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")  # a fleet's server counts silent runs as crashed
     os.environ.setdefault("DO_NOT_TRACK", "1")
     import prefect.server.api.server  # noqa: F401 - here, as two threads must not import the same modules at once
     from prefect.client.orchestration import get_client

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC
 from pathlib import Path
 
-from tasks.contracts.errors import ReleaseError
+from tasks.contracts.errors import ReleaseError, SpecError
 from tasks.contracts.release import Promotion, Release
 from tasks.contracts.settings import Settings
+from tasks.report import history
 from tasks.stores import registry
 from tasks.stores.base import GRACE, Store, open_store
 from tasks.stores.loader import Pulled, pull, verify_folder
@@ -38,10 +40,28 @@ class Registry:
             else:
                 yield f"{number}  {release.created}  {_headline(release)}{'  champion' if number == now else ''}"
 
-    def history(self, name: str) -> Lines:
-        """One line for each promotion, the newest last."""
+    def history(self, name: str, *, last: int, plot: Path | None) -> Lines:
+        """A line for each of the last runs, and for each promotion; the newest at the end.
+
+        Raises:
+            SpecError: if the plot's file is of another kind than .png and .html, or cannot be written.
+            ReleaseError: if there is nothing to plot.
+        """
+        if plot is not None and plot.suffix not in (".png", ".html"):
+            raise SpecError(f"A plot cannot be written as {plot.name}.", remedy="Name a file ending in .png or .html.")
         log = registry.champion(self.store, name).log
+        nights = history.nights_of(self.store, name, last)
+        yield from history.aligned([history.COLUMNS, *map(history.cells, nights)]) if nights else ()
+        if not nights:
+            yield f"{name} has no runs in {self.store}"
+        good = registry.last_good_run(self.store, name)
+        if good is not None:
+            yield f"last good run, or night with nothing changed: {good.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+        yield ""
         yield from map(_moved, log) if log else [f"{name} never had a champion in {self.store}"]
+        if plot is not None:
+            _write_plot(plot, name, nights)
+            yield f"plot: {plot}"
 
     def show(self, name: str, number: int | None) -> Lines:
         """One release; the champion if no number is given."""
@@ -120,6 +140,20 @@ def keygen(path: Path) -> Lines:
     yield f"private key: {path} (REQUANT_SIGNING_KEY where releases are made)"
     yield f"public key: {public} (REQUANT_TRUSTED_KEYS where they are used)"
     yield f"key id: {key_id}"
+
+
+def _write_plot(plot: Path, name: str, nights: tuple[history.Night, ...]) -> None:
+    if not nights:
+        raise ReleaseError(f"{name} has no runs to plot.", remedy="See `requant run`.")
+    from tasks.report.html import history_as_html  # with matplotlib, which takes a second to load
+    from tasks.report.plots import history_figure, image_of
+
+    html = plot.suffix == ".html"
+    content = history_as_html(name, nights).encode() if html else image_of(history_figure(nights), "png")
+    try:
+        plot.write_bytes(content)
+    except OSError as error:
+        raise SpecError(f"{plot} cannot be written: {error.strerror}.", remedy="Name another file.") from error
 
 
 def _named(release: Release) -> str:

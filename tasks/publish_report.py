@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import base64
+from base64 import b64encode
 from datetime import UTC, datetime
+from urllib.parse import quote
 
 from prefect import get_run_logger, runtime
-from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
+from prefect.artifacts import (
+    create_image_artifact,
+    create_link_artifact,
+    create_markdown_artifact,
+    create_table_artifact,
+)
 
 from tasks.contracts.records import (
     Accuracy,
@@ -21,6 +27,7 @@ from tasks.contracts.records import (
     Parity,
     QuantizedRecord,
 )
+from tasks.contracts.settings import Settings
 from tasks.contracts.spec import RunSpec
 from tasks.engines.hardware import hardware, int8_notes
 from tasks.graph.parity import steps_apart
@@ -84,7 +91,7 @@ def publish_report(
     store, prefix = the_store(), run_prefix(spec.name, report.run_id)
     with disk_errors():
         _store_all(store, prefix, report)
-    _show(report, f"{store}/{prefix}/report.html")
+        _show(report, store, prefix)
     get_run_logger().info("report: %s/%s/report.html", store, prefix)
     return report
 
@@ -106,15 +113,24 @@ def _store_all(store: Store, prefix: str, report: RunReport) -> None:
     store.write_text(f"{prefix}/record.json", report.model_dump_json(indent=1))
 
 
-def _show(report: RunReport, place: str) -> None:
-    name = report.spec.name
+def _show(report: RunReport, store: Store, prefix: str) -> None:
+    name, key, base = report.spec.name, f"{prefix}/report.html", Settings().report_url
     create_table_artifact(
         gate_rows(report.decision), key=artifact_key("gates", name), description="Gates: measured and agreed"
     )
-    create_markdown_artifact(as_markdown(report), key=artifact_key("report", name), description=place)
-    picture = base64.b64encode(image_of(summary_figure(report), "png")).decode()
+    create_markdown_artifact(as_markdown(report), key=artifact_key("report", name), description=f"{store}/{key}")
+    if base is None:  # Prefect's UI follows no link to a file or to s3://
+        picture = "data:image/png;base64," + b64encode(image_of(summary_figure(report), "png")).decode()
+    else:
+        create_link_artifact(_link(base, key), "The whole report", key=artifact_key("page", name))
+        store.write_text(f"{prefix}/picture.svg", image_of(summary_figure(report), "svg").decode())
+        picture = _link(base, f"{prefix}/picture.svg")
     create_image_artifact(
-        f"data:image/png;base64,{picture}",
+        picture,
         key=artifact_key("picture", name),
         description="Accuracy, size and latency of float and INT8; error by layer",
     )
+
+
+def _link(base: str, key: str) -> str:
+    return f"{base.rstrip('/')}/{quote(key)}"

@@ -46,16 +46,17 @@ def send_to_worker(deployment: str, parameters: Mapping[str, BaseModel], model: 
     key = f"{run_prefix(model, run_id())}/{deployment.replace('/', '-')}.json"
     values = {name: value.model_dump(mode="json") for name, value in parameters.items()}
     with get_client(sync_client=True) as client:
-        _wait_for_worker(client, deployment)
+        wait_for_worker(client, deployment, time.monotonic() + WORKER_S)
         started = run_deployment(
             deployment,
             parameters={**values, "answer_key": key},
             timeout=0,
+            flow_run_name=f"{model} on {deployment}",  # until it starts, and names itself
             # A second attempt of this run starts a second child; a retry of this step goes on with the first.
             idempotency_key=f"{runtime.flow_run.id}:{runtime.flow_run.run_count}:{deployment}",
         )
         child = cast(FlowRun, started)  # a coroutine only where an event loop runs
-        logger.info("%s runs as %s", deployment, child.name)
+        logger.info("sent to %s: %s", deployment, child.name)
         with _cancelled_on_error(client, child.id):
             state = _final_state(client, child, deadline=time.monotonic() + limit_s)
     said = store.read_text(key)
@@ -84,15 +85,20 @@ def answer(key: str, compute: Callable[[], BaseModel]) -> None:
     store.write_text(key, json.dumps({"answer": json.loads(found.model_dump_json())}, indent=1))
 
 
-def _wait_for_worker(client: SyncPrefectClient, deployment: str) -> None:
+def wait_for_worker(client: SyncPrefectClient, deployment: str, deadline: float) -> None:
+    """Until `deadline` by the monotonic clock.
+
+    Raises:
+        EngineError: if there is no such deployment, or nobody who would do it.
+    """
     try:
         pool_name = client.read_deployment_by_name(deployment).work_pool_name
     except ObjectNotFound as error:
         raise EngineError(
             f"The Prefect server at {client.api_url} has no deployment {deployment}.",
-            remedy="`requant deploy` makes build/gpu and train/gpu; or mend REQUANT_BUILD_ON and REQUANT_TRAIN_ON.",
+            remedy="`requant deploy` makes build/gpu, train/gpu and those of each model; or mend REQUANT_BUILD_ON and "
+            "REQUANT_TRAIN_ON.",
         ) from error
-    deadline = time.monotonic() + WORKER_S
     while pool_name is not None:
         status = client.read_work_pool(pool_name).status
         if status is None or status.value == "READY":
@@ -111,12 +117,23 @@ def _final_state(client: SyncPrefectClient, child: FlowRun, *, deadline: float) 
         if state is not None and state.is_final():
             return state
         if time.monotonic() > deadline:
-            found = state.name if state else "unknown"
-            raise EngineError(
-                f"{child.name} is still {found} after {Settings().worker_minutes:g} minutes and was cancelled.",
-                remedy="See what keeps its worker busy, or raise REQUANT_WORKER_MINUTES.",
-            )
+            raise too_late(child, state)
         time.sleep(POLL_S)
+
+
+def too_late(child: FlowRun, state: RunState | None) -> EngineError:
+    """What is said of a child that takes too long."""
+    found = state.name if state else "unknown"
+    return EngineError(
+        f"{child.name} is still {found} after {Settings().worker_minutes:g} minutes and was cancelled.",
+        remedy="See what keeps its worker busy, or raise REQUANT_WORKER_MINUTES.",
+    )
+
+
+def cancel(client: SyncPrefectClient, child: UUID) -> None:
+    """Ask its worker to stop it."""
+    with suppress(PrefectHTTPStatusError):  # it may have ended meanwhile
+        client.set_flow_run_state(child, Cancelling(), force=True)
 
 
 @contextmanager
@@ -124,6 +141,5 @@ def _cancelled_on_error(client: SyncPrefectClient, child: UUID) -> Iterator[None
     try:
         yield
     except BaseException:
-        with suppress(PrefectHTTPStatusError):  # it may have ended meanwhile
-            client.set_flow_run_state(child, Cancelling(), force=True)
+        cancel(client, child)
         raise

@@ -62,6 +62,7 @@ def step(name: str) -> Callable[[Callable[P, T]], Task[P, T]]:
     """A Prefect task that is retried only for what can pass. The store remembers results, so Prefect does not."""
     return task(
         name=name,
+        task_run_name=name,  # Prefect would add a random end to it
         retries=len(RETRIES_S),
         retry_delay_seconds=list(RETRIES_S),
         retry_jitter_factor=0.5,

@@ -62,7 +62,7 @@ def launch(request: Request, simulation: Simulation, name: str, progress: Progre
     key, folder = _key(name), _folder(name)
     folder.mkdir(parents=True, exist_ok=True)
     store.write_text(key, request.model_dump_json(indent=1))
-    get_run_logger().info("torchrun %s -m %s %s", options, __name__, key)
+    get_run_logger().info("training by several processes: torchrun %s", options)
     command = [sys.executable, "-m", __name__, "--agent", key, str(os.getpid()), *map(str, _gpu())]
     run_child(command, folder, doing="Training together", limit_s=float("inf"), progress=progress)
     said = store.read_text(_answer(key))

@@ -42,6 +42,11 @@ class Settings(BaseSettings):
     trusted_keys: Annotated[tuple[Path, ...], NoDecode] = Field(
         (), description="PEM files of public keys, joined by : as in PATH; a release signed by no other is used."
     )
+    report_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^/@\s]+(/\S*)?$",
+        description="Where browsers find what is in the store, so that Prefect's UI can link to reports.",
+    )
     alarm_url: SecretStr | None = Field(
         None,
         description="Address of the fleet's alarm block, such as a Slack webhook; `requant deploy` keeps it there.",

@@ -37,7 +37,7 @@ class ModelSpec(Section):
     architecture: str = Field(
         "torchvision:mobilenet_v3_small",
         pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
-        description="torchvision:<name>, or module:factory for your own; the factory takes num_classes.",
+        description="torchvision:NAME, or module:factory for your own; the factory takes num_classes.",
     )
     weights: str | None = Field(
         None,

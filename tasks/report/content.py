@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from math import isfinite, isnan
 from statistics import mean
 from typing import Literal
@@ -176,6 +176,11 @@ def calibration_text(report: RunReport) -> str:
 def started_by(report: RunReport) -> str:
     """What started the run, and why."""
     return report.trigger if report.cause is None else f"{report.trigger}: {report.cause}"
+
+
+def started(report: RunReport) -> str:
+    """To the minute."""
+    return f"{datetime.fromisoformat(report.started).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def duration(report: RunReport) -> str:

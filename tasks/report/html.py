@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from tasks.contracts.records import DataCheck
-from tasks.report import content, gpu
+from tasks.report import content, gpu, history
 from tasks.report.content import RunReport
-from tasks.report.plots import DARK, LIGHT, Palette, audit_figure, image_of, summary_figure, training_figure
+from tasks.report.history import Night
+from tasks.report.plots import (
+    DARK,
+    LIGHT,
+    Palette,
+    audit_figure,
+    history_figure,
+    image_of,
+    summary_figure,
+    training_figure,
+)
 
+T = TypeVar("T")
 MIB = 2**20
 MAX_CONFUSION = 20
 MAX_CLASSES = 200
@@ -28,6 +40,7 @@ def as_html(report: RunReport) -> str:
         report=report,
         headline=content.headline(report.decision),
         cautions=content.cautions(report),
+        started=content.started(report),
         duration=content.duration(report),
         started_by=content.started_by(report),
         calibration=content.calibration_text(report),
@@ -60,6 +73,17 @@ def check_as_html(name: str, check: DataCheck, pictures: Mapping[str, str]) -> s
         findings=content.broken_first(check.findings),
         pictures=pictures,
         headline=content.check_headline(check.findings),
+    )
+
+
+def history_as_html(model: str, nights: Sequence[Night]) -> str:
+    """A model's runs over time."""
+    return _render(
+        "history.html",
+        model=model,
+        nights=[(night, history.cells(night)) for night in reversed(nights)],
+        columns=history.COLUMNS,
+        picture=_data_urls(nights, history_figure),
     )
 
 
@@ -96,9 +120,9 @@ def _confusion(report: RunReport) -> list[tuple[str, list[tuple[int, float]]]] |
     ]
 
 
-def _data_urls(report: RunReport, draw: Callable[[RunReport, Palette], Figure]) -> dict[str, str]:
+def _data_urls(shown: T, draw: Callable[[T, Palette], Figure]) -> dict[str, str]:
     """The picture for light and for dark pages."""
     return {
-        name: "data:image/svg+xml;base64," + b64encode(image_of(draw(report, palette), "svg")).decode()
+        name: "data:image/svg+xml;base64," + b64encode(image_of(draw(shown, palette), "svg")).decode()
         for name, palette in (("light", LIGHT), ("dark", DARK))
     }

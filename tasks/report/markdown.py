@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import isfinite
 
 from tasks.contracts.records import DataCheck, Decision, Finding
 from tasks.report.content import (
@@ -21,6 +20,7 @@ from tasks.report.content import (
     milliseconds,
     noisiest_first,
     number,
+    started,
     started_by,
     title_of,
     with_unit,
@@ -42,26 +42,24 @@ MIB = 2**20
 NUM_WORST = 10
 NUM_LAYERS = 40
 NUM_NOTES = 40
-Plain = str | float | bool | None
 
 
-def gate_rows(decision: Decision) -> list[dict[str, Plain]]:
-    """One row per gate, of types that every JSON parser reads: what is not finite becomes None."""
+def gate_rows(decision: Decision) -> list[dict[str, str]]:
+    """One row per gate, what failed first, in words: Prefect's UI shows a number with all its digits."""
     return [
         {
-            "gate": verdict.gate,
-            "passed": verdict.passed,
-            "measured": _finite(verdict.measured),
-            "limit": float(verdict.limit),
-            "unit": verdict.unit,
+            "verdict": "✓ passed" if verdict.passed else "✗ failed",
+            "gate": title_of(verdict),
+            "measured": with_unit(verdict.measured, verdict.unit),
+            "limit": limit_of(verdict),
         }
-        for verdict in decision.verdicts
+        for verdict in sorted(decision.verdicts, key=lambda verdict: verdict.passed)
     ]
 
 
 def as_markdown(report: RunReport) -> str:
     """The verdict first, then what it rests on. Tables are cut to the worst few, so it stays below 100 KB."""
-    mark = "✅" if report.decision.passed else "❌"
+    mark = "✓" if report.decision.passed else "✗"
     sections = [
         f"# {mark} {_text(report.spec.name)}: {headline(report.decision)}",
         *(f"> **Note:** {_text(note)}" for note in cautions(report)),
@@ -82,10 +80,10 @@ def as_markdown(report: RunReport) -> str:
 
 def check_as_markdown(name: str, check: DataCheck, pictures: Mapping[str, str]) -> str:
     """What the data contract found; `pictures` are data URLs by path."""
-    mark = "❌" if check.breaches else "✅"
+    mark = "✗" if check.breaches else "✓"
     rows = [
         [
-            "✅" if finding.passed else "❌ **critical**" if finding.severity == "critical" else "⚠️ warning",
+            "✓" if finding.passed else "✗ **critical**" if finding.severity == "critical" else "! warning",
             f"{finding.rule}: {finding.says}",
             finding.observed,
             finding.limit,
@@ -119,7 +117,7 @@ def _offenders(finding: Finding, pictures: Mapping[str, str]) -> str:
 def _gates(report: RunReport) -> str:
     rows = [
         [
-            "✅ passed" if verdict.passed else "❌ **failed**",
+            "✓ passed" if verdict.passed else "✗ **failed**",
             title_of(verdict),
             with_unit(verdict.measured, verdict.unit),
             limit_of(verdict),
@@ -294,7 +292,7 @@ def _training(report: RunReport) -> str:
 def _origin(report: RunReport) -> str:
     kept = report.quantized.kept_float
     rows = [
-        ["Run", f"{report.run_id}, {report.started}, {duration(report)}, seed {report.spec.seed}"],
+        ["Run", f"{report.run_id}, {started(report)}, {duration(report)}, seed {report.spec.seed}"],
         ["Started", started_by(report)],
         ["Model", f"{report.model.architecture}, {report.model.num_classes} classes"],
         ["Data", report.data.source],
@@ -319,7 +317,3 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def _text(text: str) -> str:
     """Names from outside must not open a cell, a tag or a line."""
     return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
-
-
-def _finite(value: float | None) -> float | None:
-    return float(value) if value is not None and isfinite(value) else None

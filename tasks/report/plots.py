@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from math import isfinite
+from itertools import cycle
+from math import isfinite, nan
 from typing import Literal
 
 import matplotlib as mpl
+import matplotlib.dates as mdates
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -17,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from tasks.contracts.records import Accuracy, Latency, LayerError, LayerPrecision
 from tasks.report.content import RunReport, noisiest_first, number
 from tasks.report.gpu import PRECISIONS, baseline_text, memory_name
+from tasks.report.history import Night
 
 MIB = 2**20
 NUM_NAMED = 3
@@ -69,6 +73,47 @@ def training_figure(report: RunReport, palette: Palette = LIGHT) -> Figure:
     for axes in (losses, scores):
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _finish(figure, palette)
+    return figure
+
+
+def history_figure(nights: Sequence[Night], palette: Palette = LIGHT) -> Figure:
+    """Accuracy, size and latency of every run over time. Crosses are rejected runs, dotted lines have no result."""
+    figure = _figure(palette, width=11, height=7.2)
+    accuracy, size, latency = figure.subplots(3, 1, sharex=True, height_ratios=[1.4, 1, 1])
+    nights = [night for night in nights if night.started is not None]
+    drawn = [night for night in nights if night.int8_top1 is not None]
+    times = [_time(night) for night in drawn]
+    accuracy.plot(times, [night.float_top1 for night in drawn], "-", color=palette.of_float, label="float")
+    _draw_nights(accuracy, drawn, [night.int8_top1 or 0 for night in drawn], "INT8", palette)
+    for night in drawn:
+        if night.release is not None:
+            accuracy.annotate(str(night.release), (_time(night), night.int8_top1 or 0), (0, -13),
+                              textcoords="offset points", ha="center", fontsize=SMALL, color=palette.ink)  # fmt: skip
+    _draw_nights(size, drawn, [(night.size_bytes or 0) / MIB for night in drawn], "INT8", palette)
+    scores = [score for night in drawn for score in (night.float_top1 or 0, night.int8_top1 or 0)]
+    if scores:
+        margin = max(0.15 * (max(scores) - min(scores)), 0.3)  # one value alone would get 5 percent on both sides
+        accuracy.set_ylim(min(scores) - 1.5 * margin, min(max(scores) + margin, 100.3))
+    size.set_ylim(bottom=0)
+    kinds = sorted({(night.runtime, night.batch_size or 0) for night in drawn})
+    for (runtime, batch), style in zip(kinds, cycle(("-", "--", ":"))):
+        some = [night for night in drawn if (night.runtime, night.batch_size or 0) == (runtime, batch)]
+        timed = [night.latency_ms if night.latency_ms is not None else nan for night in some]
+        _draw_nights(latency, some, timed, f"{runtime}, batch {batch}", palette, style)
+    latency.set_ylim(bottom=0)
+    for axes, title in (
+        (accuracy, "Top-1 (%); numbers are releases, crosses were rejected"),
+        (size, "Size of the engine (MiB)"),
+        (latency, "Latency (ms), median"),
+    ):
+        _title(axes, title, palette)
+        for night in nights:
+            if night.int8_top1 is None:
+                axes.axvline(_time(night), color=palette.alarm, linewidth=0.9, linestyle=":")
+    for axes in (accuracy, latency) if drawn else ():
+        axes.legend(frameon=False, labelcolor=palette.ink, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
+    _span_time(latency, nights)
     _finish(figure, palette)
     return figure
 
@@ -190,6 +235,33 @@ def _draw_layers(axes: Axes, layers: tuple[LayerError, ...], palette: Palette) -
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer, in the order of the graph")
     _title(axes, "Signal over quantization noise (dB)", palette)
+
+
+def _draw_nights(
+    axes: Axes, nights: Sequence[Night], values: Sequence[float], label: str, palette: Palette, style: str = "-"
+) -> None:
+    times = [_time(night) for night in nights]
+    axes.plot(times, values, style, marker="o", markersize=4, color=palette.of_int8, label=label)
+    rejected = [(time, value) for time, value, night in zip(times, values, nights, strict=True) if not night.passed]
+    if rejected:
+        axes.plot(*zip(*rejected, strict=True), "X", markersize=9, color=palette.alarm)
+
+
+def _time(night: Night) -> float:
+    assert night.started is not None
+    return float(mdates.date2num(night.started))  # type: ignore[no-untyped-call]
+
+
+def _span_time(axes: Axes, nights: Sequence[Night]) -> None:
+    """From the first to the last, with room at both ends: matplotlib gives a single run four years."""
+    times = [_time(night) for night in nights]
+    if times:
+        margin = max(0.03 * (max(times) - min(times)), 0.02)
+        axes.set_xlim(min(times) - margin, max(times) + margin)
+    locator = mdates.AutoDateLocator()  # type: ignore[no-untyped-call]
+    axes.xaxis.set_major_locator(locator)
+    axes.xaxis.set_major_formatter(mdates.ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
+    axes.set_xlabel("started, UTC")
 
 
 def _title(axes: Axes, text: str, palette: Palette) -> None:

@@ -9,6 +9,8 @@ import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -23,6 +25,8 @@ from tasks.contracts.settings import S3Settings
 from tasks.stores.workspace import resuming
 
 Keys: TypeAlias = list[str]  # inside Store, `list` is a method
+Texts: TypeAlias = list[str | None]
+DOCUMENTS_AT_ONCE = 16  # small ones: what takes time is the way to the server
 GRACE = timedelta(days=7)  # what was stored or renewed within it is not collected; a run may take half of it
 
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.=@+-]*"  # no part starts with a dot: `..` is out, and so are half-written files
@@ -124,6 +128,11 @@ class Store(ABC):
         """The document, or None if there is none."""
         found = self.read_versioned(key)
         return None if found is None else found.text
+
+    def read_texts(self, keys: Sequence[str]) -> Texts:
+        """The documents in the order of their keys, read side by side."""
+        with ThreadPoolExecutor(DOCUMENTS_AT_ONCE) as pool:
+            return [*pool.map(self.read_text, keys)]
 
     def read_versioned(self, key: str) -> Versioned | None:
         """The document and its version, or None if there is none."""

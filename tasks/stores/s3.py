@@ -26,7 +26,7 @@ from urllib3.exceptions import HTTPError
 
 from tasks.contracts.errors import StoreError, TransientStoreError
 from tasks.contracts.settings import S3Settings
-from tasks.stores.base import Content, Entries, Entry, Store, sha256_of
+from tasks.stores.base import DOCUMENTS_AT_ONCE, Content, Entries, Entry, Store, sha256_of
 
 if TYPE_CHECKING:
     from botocore.awsrequest import AWSRequest
@@ -611,7 +611,7 @@ def _client(settings: S3Settings) -> S3Client:
             connect_timeout=settings.connect_timeout_s,
             read_timeout=settings.read_timeout_s,
             retries={"mode": settings.retry_mode, "total_max_attempts": settings.max_attempts},
-            max_pool_connections=settings.concurrency + 1,
+            max_pool_connections=max(settings.concurrency, DOCUMENTS_AT_ONCE) + 1,
             s3={"addressing_style": settings.addressing},
             # Ceph and Swift refuse the checksums that boto3 adds over HTTPS; every body is signed with its SHA-256
             request_checksum_calculation="when_required",

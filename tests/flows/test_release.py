@@ -123,7 +123,14 @@ def test_releases_are_handled_by_commands(after_first: Place, plain: dict[str, A
     assert place.call("rollback", "plain").stdout == "release 1 of plain is champion (was 2)\n"
     assert place.call("promote", "plain", "2").stdout == "release 2 of plain is champion (was 1)\n"
     assert place.call("promote", "plain", "2").stdout == "release 2 of plain is champion already\n"
-    moves = [line.split("  ")[2:] for line in place.call("history", "plain").stdout.splitlines()]
+    told = place.call("history", "plain", "--plot", "nights.html").stdout.splitlines()
+    (_, *runs, good), (*lines, plot) = told[: told.index("")], told[told.index("") + 1 :]
+    assert [run.split()[-2:] for run in runs] == [["1", "released"], ["2", "released"]]
+    assert good.startswith("last good run, or night with nothing changed: 20")
+    assert plot == "plot: nights.html"
+    assert "<svg" not in (page := (place.path / "nights.html").read_text())
+    assert page.count("data:image/svg+xml;base64,") == 2
+    moves = [line.split("  ")[2:] for line in lines]
     assert moves == [
         ["promote", "release 1 (was none)"],
         ["promote", "release 2 (was 1)"],
@@ -138,6 +145,7 @@ def test_releases_are_handled_by_commands(after_first: Place, plain: dict[str, A
     (place.path / "engine/engine.onnx").write_bytes(b"")
     for arguments, message in (
         (("verify", "engine"), "ReleaseError: engine/engine.onnx is damaged.\n  Pull it again.\n"),
+        (("history", "plain", "--plot", "nights.pdf"), "SpecError: A plot cannot be written as nights.pdf.\n  Name "),
         (("promote", "plain", "7"), "ReleaseError: plain has no release 7 in "),
         (("pull", "cats", "--to", "cats"), "ReleaseError: cats has no champion in "),
         (("verify", "./nowhere"), "ReleaseError: nowhere holds no whole release: No such file or directory."),

@@ -159,7 +159,7 @@ def test_poisoned_data_end_the_run_before_anything_else(after_first: Place, mobi
     with get_client(sync_client=True) as client:
         artifacts = {artifact.key: artifact for artifact in client.read_artifacts(artifact_filter=chosen)}
     text = str(artifacts["data-mobile"].data)
-    assert text.startswith("# ❌ mobile: Rejected: the data break ")
+    assert text.startswith("# ✗ mobile: Rejected: the data break ")
     assert "disc/grey0.png" in text
     assert "![](data:image/jpeg;base64," in text
 
