@@ -492,7 +492,7 @@ TENSORRT = (
         _casts_behind_dequantize,
         "Give the scale the type that the reader computes in, without a Cast.",
     ),
-    Rule("L18", "warning", _mixed_layers, "Compute all layers in one float type."),
+    Rule("L18", "info", _mixed_layers, "Nothing if FP16 cannot hold them, as the export says; else use one type."),
     Rule(
         "L18", "info", _wide_types, "TensorRT computes in the types of the graph: write in FP16 what should run in it."
     ),

@@ -362,13 +362,6 @@ WARNINGS: list[tuple[SchemeName, str, str, str, Changes]] = [
     (TRT, "L18", "k", "a Cast between d3", {**node("[k] k = Cast<to = 1>(d3)", before="pool"), "Pool(d3)": "Pool(k)"}),
     (
         TRT,
-        "L18",
-        "conv2",
-        "FLOAT in a graph that computes in FLOAT16",
-        {"[q5] q5 = QuantizeLinear(f,": f"{NARROW.strip()}\n  [q5] q5 = QuantizeLinear(h3,"},
-    ),
-    (
-        TRT,
         "L19",
         "clip",
         "a hard-sigmoid written out",
@@ -469,6 +462,13 @@ FACTS: list[tuple[SchemeName, str, str, str, Changes]] = [
             "(d1, w2_d": "(r1, w2f",
             "Add(c2, d1)": "Add(c2, c2)",
         },
+    ),
+    (
+        TRT,
+        "L18",
+        "conv2",
+        "FLOAT in a graph that computes in FLOAT16",
+        {"[q5] q5 = QuantizeLinear(f,": f"{NARROW.strip()}\n  [q5] q5 = QuantizeLinear(h3,"},
     ),
     (
         TRT,

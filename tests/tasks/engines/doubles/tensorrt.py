@@ -280,7 +280,7 @@ class EngineInspector:
         self._engine = engine
 
     def get_engine_information(self, format: LayerInformationFormat) -> str:  # noqa: A002 - TensorRT's name
-        told = self.execution_context is not None and self.execution_context.has_shapes
+        told = self.execution_context is not None and self.execution_context._has_shapes
         tensor = {"Format/Datatype": "Row major linear FP32" if told else "N/A due to dynamic shapes"}
         layers = [
             {"Name": node.name, "LayerType": node.op_type, "Inputs": [tensor], "Outputs": [tensor]}
@@ -304,7 +304,7 @@ class IExecutionContext:
         return True
 
     @property
-    def has_shapes(self) -> bool:
+    def _has_shapes(self) -> bool:
         return bool(self._shapes)
 
     def infer_shapes(self) -> list[str]:
