@@ -95,13 +95,16 @@ def history_figure(nights: Sequence[Night], palette: Palette = LIGHT) -> Figure:
     if scores:
         margin = max(0.15 * (max(scores) - min(scores)), 0.3)  # one value alone would get 5 percent on both sides
         accuracy.set_ylim(min(scores) - 1.5 * margin, min(max(scores) + margin, 100.3))
-    size.set_ylim(bottom=0)
     kinds = sorted({(night.runtime, night.batch_size or 0) for night in drawn})
     for (runtime, batch), style in zip(kinds, cycle(("-", "--", ":"))):
         some = [night for night in drawn if (night.runtime, night.batch_size or 0) == (runtime, batch)]
         timed = [night.latency_ms if night.latency_ms is not None else nan for night in some]
         _draw_nights(latency, some, timed, f"{runtime}, batch {batch}", palette, style)
-    latency.set_ylim(bottom=0)
+    for axes, values in (
+        (size, [night.size_bytes / MIB for night in drawn if night.size_bytes]),
+        (latency, [night.latency_ms for night in drawn if night.latency_ms]),
+    ):
+        axes.set_ylim(0, ROOM_FOR_NUMBERS * max(values, default=1.0))
     for axes, title in (
         (accuracy, "Top-1 (%); numbers are releases, crosses were rejected"),
         (size, "Size of the engine (MiB)"),
