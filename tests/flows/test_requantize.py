@@ -134,6 +134,21 @@ def test_the_prefect_page_of_a_run_shows_gates_report_and_picture(first: tuple[P
     assert str(artifacts["picture-plain"].data).startswith("data:image/png;base64,")
 
 
+def test_reports_are_linked_to_where_browsers_reach_the_store(
+    after_first: Place, plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the picture comes from there too: a data URL is shown in full below it."""
+    monkeypatch.setenv("REQUANT_REPORT_URL", "https://reports.example/requant/")
+    run = after_first.run(plain, gates={"min_agreement": 91.0})
+    chosen = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.flow_run_id]))
+    with get_client(sync_client=True) as client:
+        artifacts = {artifact.key: str(artifact.data) for artifact in client.read_artifacts(artifact_filter=chosen)}
+    place = f"models/plain/runs/{run.report.run_id}"
+    assert f"(https://reports.example/requant/{place}/report.html)" in artifacts["page-plain"]
+    assert artifacts["picture-plain"] == f"https://reports.example/requant/{place}/picture.svg"
+    assert (after_first.store / place / "picture.svg").read_text().startswith("<?xml")
+
+
 def test_a_second_identical_run_computes_nothing_and_says_so(after_first: Place, plain: dict[str, Any]) -> None:
     """Where the note of what decided the first one is lost, every step still finds its own record."""
     (after_first.store / "models/plain/settled").unlink()
