@@ -20,9 +20,12 @@ from importlib import import_module
 from importlib.metadata import files
 
 BLOCKED = ("tensorrt", "pycuda", "cuda", "openvino", "ai_edge_litert", "pytest", "hypothesis", "mypy_boto3_s3")
+GPU = ("cuda", "tensorrt_api", "tensorrt_builder", "tensorrt_session")  # of tasks.engines, for GPU machines
 sys.modules.update(dict.fromkeys(BLOCKED))
 modules = [path.with_suffix("").parts for path in files("requant") if path.suffix == ".py"]
 for parts in sorted(modules):
+    if parts[:2] == ("tasks", "engines") and parts[-1] in GPU:
+        continue
     module = import_module(".".join(part for part in parts if part != "__init__"))
     assert module.__file__.startswith(sys.prefix), module.__file__
 print(len(modules))

@@ -368,7 +368,8 @@ def _mistake(detail: Any, kind: type[Section]) -> str:
         return f"{key} is not a key ({_neighbours(detail['loc'], kind)})"
     if detail["type"] == "missing":
         return f"{key} is missing"
-    return f"{key}: {detail['msg'].removeprefix('Value error, ').lower()} (found {detail['input']!r})"
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{key}: {message[:1].lower()}{message[1:]} (found {detail['input']!r})"
 
 
 def _neighbours(location: tuple[int | str, ...], section: type[BaseModel]) -> str:

@@ -20,6 +20,7 @@ from prefect.client.orchestration import SyncPrefectClient
 
 PREFECT = str(Path(sys.executable).with_name("prefect"))
 POOL = "cpu"
+LOCKED_S = 60  # SQLite answers 503 while it is busy
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
 
@@ -102,7 +103,13 @@ class Installation:
         return [line["message"] for line in self.call("POST", "/logs/filter", chosen)]
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
-        answer = httpx.request(method, f"{self.url}{path}", json=body, timeout=30).raise_for_status()
+        deadline = time.monotonic() + LOCKED_S
+        while True:
+            answer = httpx.request(method, f"{self.url}{path}", json=body, timeout=30)
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
+                break
+            time.sleep(1)
+        answer.raise_for_status()
         return answer.json() if answer.content else None
 
     def _start(self, name: str, *command: str) -> None:

@@ -124,7 +124,7 @@ class Dominated(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.head = nn.Conv2d(2, 8, 1, bias=False), nn.Conv2d(8, 8, 1)
+        self.stem, self.head = nn.Conv2d(2, 16, 1, bias=False), nn.Conv2d(16, 16, 1)  # wide enough for INT8
         with torch.no_grad():
             self.stem.weight.zero_()[:2, :, 0, 0] = torch.diag(torch.tensor([100.0, 1.0]))
             self.head.weight[:, 0] = 1e-6

@@ -65,13 +65,13 @@ def test_layers_know_their_parts(folded: GraphModule, images_NCHW: Tensor) -> No
     assert layers["stem.0"].input_quantizer.low == float(images_NCHW.min())
 
 
-@pytest.mark.parametrize(("scheme", "num_layers", "num_scales"), [(ORT, 8, 17), (TRT, 5, 5)])
+@pytest.mark.parametrize(("scheme", "num_layers", "num_scales"), [(ORT, 8, 17), (TRT, 4, 3)])
 def test_tensors_at_one_scale_share_one_quantizer(
     scheme: SchemeName, num_layers: int, num_scales: int, folded: GraphModule
 ) -> None:
-    """The pooled tensor with its view, and in TensorRT the concatenation with its parts.
+    """The pooled tensor with its view, the sum with both layers that read it.
 
-    TensorRT leaves the gate and the classifier of five classes float.
+    TensorRT leaves float what is too small: the gate, the projection of eight channels, the classifier of five classes.
     """
     simulation = simulate(folded, SCHEMES[scheme], frozenset())
     assert len(simulation.layers) == num_layers
