@@ -325,9 +325,9 @@ def _apply_automations(client: SyncPrefectClient, wanted: list[AutomationCore]) 
             continue
         old = AutomationCore.model_validate(there[automation.name])
         if automation != old.model_copy(update={"enabled": automation.enabled}):  # one that was switched off stays so
-            client.update_automation(
-                UUID(there[automation.name]["id"]), automation.model_copy(update={"enabled": old.enabled})
-            )
+            # In full: Prefect's client sends only what was set, and the server takes no part of a trigger.
+            whole = AutomationCore.model_validate({**automation.model_dump(), "enabled": old.enabled})
+            client.update_automation(UUID(there[automation.name]["id"]), whole)
             yield f"changed automation {automation.name}"
 
 

@@ -55,7 +55,7 @@ class Installation:
         process = self.processes.pop(name)
         process.send_signal(sent)
         try:
-            process.wait(timeout=30)
+            process.wait(timeout=120)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

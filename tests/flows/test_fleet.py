@@ -76,7 +76,7 @@ def worker(client: SyncPrefectClient, inside: Place, prefect_server: str, tmp_pa
             yield
         finally:
             process.terminate()
-            process.wait(timeout=30)
+            process.wait(timeout=120)
 
 
 def failure(specs: tuple[RunSpec, ...], **options: Any) -> str:
@@ -103,7 +103,7 @@ def check(problem: str) -> None:
     assert tuple(table) == NAMES
     assert "nowhere.safetensors" in table["lost"]["outcome"]
     assert table["lost"]["INT8 %"] == "\N{EN DASH}"
-    assert table["plain"]["outcome"] in ("passed", "released")  # an engine that is champion already is no new release
+    assert table["plain"]["outcome"].startswith(("passed", "released", "nothing changed since"))  # as it was before
     assert table["strict"]["outcome"] == "rejected: compression"
     assert float(table["strict"]["INT8 %"]) > 50
 
