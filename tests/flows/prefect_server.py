@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import httpx
+import psutil
 from prefect.client.orchestration import SyncPrefectClient
 
 PREFECT = str(Path(sys.executable).with_name("prefect"))
@@ -53,11 +54,10 @@ class Installation:
     def stop(self, name: str, sent: signal.Signals = signal.SIGTERM) -> None:
         """A server or a worker; as SIGKILL, nothing of it is told to anyone."""
         process = self.processes.pop(name)
-        process.send_signal(sent)
-        try:
-            process.wait(timeout=120)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        if sent is signal.SIGTERM:
+            end(process)
+        else:
+            process.send_signal(sent)
             process.wait()
 
     def deploy(self) -> None:
@@ -118,6 +118,20 @@ class Installation:
                 [PREFECT, *command], cwd=self.home, env=self.environment, stdin=subprocess.DEVNULL, stdout=log,
                 stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
+
+
+def end(process: subprocess.Popen[Any], *, patience_s: float = 30) -> None:
+    """By SIGTERM; by force, with all that it has started, if that is not enough: a worker waits for its runs."""
+    started = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.terminate()
+    try:
+        process.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for child in started:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 @contextmanager

@@ -22,6 +22,7 @@ import yaml
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.deploy import deploy
+from tests.flows.prefect_server import end
 
 if TYPE_CHECKING:
     from tasks.contracts.fleet import WorkerType
@@ -174,8 +175,7 @@ def _process(folder: Path, environment: Mapping[str, str], *arguments: str) -> I
         try:
             yield
         finally:
-            process.terminate()
-            process.wait(timeout=60)
+            end(process)
 
 
 @contextmanager

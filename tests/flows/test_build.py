@@ -19,6 +19,7 @@ from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterNam
 
 from tasks import send_to_worker
 from tasks.contracts.errors import EngineError, StoreError
+from tests.flows.prefect_server import end
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
@@ -58,8 +59,7 @@ def worker(client: SyncPrefectClient, after_first: Place, prefect_server: str, t
         try:
             yield
         finally:
-            process.terminate()
-            process.wait(timeout=120)
+            end(process)
 
 
 def elsewhere(monkeypatch: pytest.MonkeyPatch, **settings: str) -> None:

@@ -19,6 +19,7 @@ from flows.fleet import requantize_many
 from tasks import run_models
 from tasks.contracts.errors import RequantError, SpecError
 from tasks.contracts.spec import RunSpec, spec_from
+from tests.flows.prefect_server import end
 
 if TYPE_CHECKING:
     from tests.flows.conftest import Place
@@ -75,8 +76,7 @@ def worker(client: SyncPrefectClient, inside: Place, prefect_server: str, tmp_pa
         try:
             yield
         finally:
-            process.terminate()
-            process.wait(timeout=120)
+            end(process)
 
 
 def failure(specs: tuple[RunSpec, ...], **options: Any) -> str:
