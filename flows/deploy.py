@@ -325,8 +325,9 @@ def _apply_automations(client: SyncPrefectClient, wanted: list[AutomationCore]) 
             continue
         old = AutomationCore.model_validate(there[automation.name])
         if automation != old.model_copy(update={"enabled": automation.enabled}):  # one that was switched off stays so
-            # In full: Prefect's client sends only what was set, and the server takes no part of a trigger.
-            whole = AutomationCore.model_validate({**automation.model_dump(), "enabled": old.enabled})
+            # Prefect's client sends only what was set; the server wants triggers in full, and no owner.
+            values = automation.model_dump(exclude={"owner_resource"})
+            whole = AutomationCore.model_validate({**values, "enabled": old.enabled})
             client.update_automation(UUID(there[automation.name]["id"]), whole)
             yield f"changed automation {automation.name}"
 
