@@ -17,7 +17,7 @@ from tasks.engines.hardware import hardware
 from tasks.report.content import RunReport
 from tasks.step import disk_errors, run_prefix, step, the_store
 from tasks.stores.base import Store
-from tasks.stores.registry import champion, promote, publish, released_before
+from tasks.stores.registry import champion, left_behind, promote, publish, released_before
 from tasks.stores.signing import keys_from
 from tasks.stores.steps import code_digest
 from tasks.stores.workspace import workspace
@@ -43,7 +43,9 @@ def release_engine(report: RunReport) -> Release:
                     "`requant promote %s %d` brings it back", known.number, name, now, name, known.number,
                 )  # fmt: skip
             return known
-        release = publish(store, _candidate(report, serving, store, work), keys)
+        release = left_behind(store, name, released_engines(report), serving, keys)
+        if release is None:
+            release = publish(store, _candidate(report, serving, store, work), keys)
     promotion = promote(store, name, release.number, keys)
     logger.info("release %d of %s is champion (was %s)", release.number, name, promotion.previous or "none")
     return release

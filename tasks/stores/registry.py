@@ -214,6 +214,21 @@ def released_before(
     return None
 
 
+def left_behind(
+    store: Store, name: str, engines: tuple[EngineRecord, ...], serving: Serving, keys: Keys = NO_KEYS
+) -> Release | None:
+    """The newest release, if it is exactly these engines and never was champion.
+
+    A run that was killed between publishing and promoting has left it; the next one has only to promote it.
+    """
+    newest, now = max(numbers(store, name), default=None), champion(store, name)
+    if newest is None or newest in now.retired or newest in {promotion.release for promotion in now.log}:
+        return None
+    found = _readable(store, name, newest, keys)
+    same = found and (found.release.engines, found.release.serving) == (engines, serving)
+    return found.release if found and same else None
+
+
 def compare(one: Release, other: Release) -> Iterator[tuple[str, str, str]]:
     """Field, value and value of all that differs in scores, engines, serving and provenance."""
     sections = {"scores", "engines", "serving", "provenance"}
