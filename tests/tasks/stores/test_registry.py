@@ -19,6 +19,7 @@ from tasks.stores.local import LocalStore
 from tasks.stores.registry import (
     champion,
     compare,
+    left_behind,
     lineage,
     numbers,
     promote,
@@ -148,6 +149,24 @@ def test_the_same_engine_is_known_again(store: LocalStore, tmp_path: Path, keys:
     assert (known(first), known(second)) == (1, 2)
     promote(store, NAME, 1, keys)
     assert (known(first), known(second)) == (1, None)
+
+
+def test_what_a_killed_run_left_unpromoted_is_known(store: LocalStore, tmp_path: Path, keys: Keys) -> None:
+    """The newest release alone, of exactly these engines, and only until it was champion."""
+    first = publish(store, a_run(store, tmp_path, "run1", engine="one"), keys)
+
+    def left(release: Release) -> int | None:
+        found = left_behind(store, NAME, release.engines, release.serving, keys)
+        return None if found is None else found.number
+
+    assert left(first) == 1
+    second = publish(store, a_run(store, tmp_path, "run2", engine="two"), keys)
+    assert (left(first), left(second)) == (None, 2)
+    promote(store, NAME, 2, keys)
+    assert left(second) is None
+    third = publish(store, a_run(store, tmp_path, "run3", engine="three"), keys)
+    retire(store, NAME, {3})
+    assert left(third) is None
 
 
 # Promoting
