@@ -25,7 +25,7 @@ from pydantic import BaseModel
 from tasks.contracts import errors
 from tasks.contracts.errors import EngineError, RequantError
 from tasks.contracts.settings import Settings
-from tasks.step import run_id, run_prefix, step, the_store
+from tasks.step import disk_errors, run_id, run_prefix, step, the_store
 
 R = TypeVar("R", bound=BaseModel)
 POLL_S = 2.0
@@ -80,9 +80,11 @@ def answer(key: str, compute: Callable[[], BaseModel]) -> None:
         found = compute()
     except RequantError as error:
         refusal = {"refusal": type(error).__name__, "problem": error.problem, "remedy": error.remedy}
-        store.write_text(key, json.dumps(refusal, indent=1))
+        with disk_errors():
+            store.write_text(key, json.dumps(refusal, indent=1))
         raise
-    store.write_text(key, json.dumps({"answer": json.loads(found.model_dump_json())}, indent=1))
+    with disk_errors():
+        store.write_text(key, json.dumps({"answer": json.loads(found.model_dump_json())}, indent=1))
 
 
 def wait_for_worker(client: SyncPrefectClient, deployment: str, deadline: float) -> None:

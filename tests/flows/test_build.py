@@ -19,6 +19,7 @@ from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterNam
 
 from tasks import send_to_worker
 from tasks.contracts.errors import EngineError, StoreError
+from tasks.contracts.records import ArtifactRef
 from tests.flows.prefect_server import end
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def test_an_answer_that_cannot_be_stored_is_not_an_answer(tmp_path: Path, monkey
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("REQUANT_STORE", str(tmp_path / "file"))
     with pytest.raises(StoreError):
-        send_to_worker.answer("models/m/runs/r/build.json", lambda: None)  # type: ignore[arg-type,return-value]
+        send_to_worker.answer("models/m/runs/r/build.json", lambda: ArtifactRef(key="k", sha256="0", size_bytes=1))
 
 
 def test_two_processes_train_what_one_does(

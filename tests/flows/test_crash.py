@@ -174,13 +174,17 @@ def test_a_store_that_is_away_for_a_while_is_waited_for(
         s3_server.kill_gateway()
         time.sleep(15)
         s3_server.start_gateway()
+        over.wait()  # it dies with the thread that started it
 
-    trouble = threading.Thread(target=outage)
+    over, trouble = threading.Event(), threading.Thread(target=outage)
     trouble.start()
     try:
         run = remote.run(mobile)
     finally:
+        over.set()
         trouble.join()
+        s3_server.kill_gateway()
+        s3_server.start_gateway()  # for the tests that follow
     assert run.state.is_completed(), run.log[-3:]
     done = [line.partition(":")[0] for line in run.log if ": done in" in line]
     assert done == list(dict.fromkeys(done))
