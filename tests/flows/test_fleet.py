@@ -116,7 +116,8 @@ def test_without_a_worker_they_run_here_in_turn(inside: Place, specs: tuple[RunS
 def test_a_worker_does_each(client: SyncPrefectClient, worker: None, specs: tuple[RunSpec, ...]) -> None:
     """As runs of their deployments, which have the fleet's run as their parent."""
     check(failure(specs, at_once=2))
-    children = [run for run in client.read_flow_runs() if run.name.split(" ")[0] in NAMES and run.parent_task_run_id]
+    sent = [run for run in client.read_flow_runs() if run.deployment_id and run.name.split(" ")[0] in NAMES]
+    children = [run for run in sent if run.parent_task_run_id]
     assert sorted(run.name.split(" ")[0] for run in children) == [*NAMES]
 
 
