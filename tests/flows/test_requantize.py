@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tests.flows.conftest import Place, Run
 
 TAKEN = "nothing has changed, so the stored result is taken"
-EPOCHS = 100  # enough that a signal comes before the last one, on a busy machine too
+EPOCHS = 30  # enough that a signal comes before the last one, on a busy machine too
 STEPS = (
     "check_data", "prepare_data", "load_model", "score_float", "choose_calibration", "quantize_model", "export_model",
     "build_engine", "score_engine", "measure_engine", "check_parity",
