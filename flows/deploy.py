@@ -55,7 +55,7 @@ class Wanted:
     body: dict[str, Any]  # of Prefect's API
     schedules: tuple[dict[str, Any], ...]
     limit: str | None  # shared by name
-    triggers: tuple[dict[str, Any], ...]  # name, match, expect and parameters of automations that start runs
+    triggers: tuple[dict[str, Any], ...]  # of automations that start runs: name, parameters, and an EventTrigger's
 
     @property
     def name(self) -> str:
@@ -215,10 +215,11 @@ def _on_retrain(model: str) -> dict[str, Any]:
 
 
 def _starting(trigger: Mapping[str, Any], deployment_id: UUID) -> AutomationCore:
+    fires = {key: value for key, value in trigger.items() if key not in {"name", "parameters"}}
     return AutomationCore(
         name=trigger["name"],
         description="Starts a run for each such event.",
-        trigger=EventTrigger(match=trigger["match"], expect=set(trigger["expect"])),
+        trigger=EventTrigger.model_validate(fires),
         actions=[RunDeployment(deployment_id=deployment_id, parameters=trigger["parameters"])],
     )
 

@@ -265,7 +265,7 @@ def _make_folders(*folders: Path) -> str | None:
 
 
 def _server(state: Path, port: int, postgres: bool) -> Program:
-    environment = {**_read_env("server.env"), "PREFECT_HOME": str(state / "prefect")}
+    environment = {**read_env("server.env"), "PREFECT_HOME": str(state / "prefect")}
     if postgres:
         url = f"postgresql+asyncpg://prefect@/postgres?host={state / 'postgres-socket'}"
         environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = url
@@ -275,7 +275,7 @@ def _server(state: Path, port: int, postgres: bool) -> Program:
 
 def _workers(where: Mapping[str, str], num_runs: int, gpus: Sequence[str]) -> Iterator[Program]:
     """One for the CPU; one per GPU, with that GPU and one run at a time."""
-    environment = {**_read_env("worker.env"), **where}
+    environment = {**read_env("worker.env"), **where}
 
     def worker(name: str, pool: str, limit: int, **more: str) -> Program:
         command = (
@@ -308,7 +308,7 @@ def _gpus() -> list[str]:
     return said.stdout.split()
 
 
-def _read_env(name: str) -> dict[str, str]:
+def read_env(name: str) -> dict[str, str]:
     """What all sizes of installation have in common."""
     lines = (ROOT / "infra" / name).read_text().splitlines()
     return {line.partition("=")[0]: line.partition("=")[2] for line in lines if line and not line.startswith("#")}

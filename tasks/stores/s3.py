@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef
 
-PART_BYTES = 16 * 2**20  # of an upload; fixed, so that any process can go on with the parts of another
+PART_BYTES = 32 * 2**20  # of an upload; fixed, so that any process can go on with the parts of another
 RANGE_BYTES = 8 * 2**20  # of a download; unlike parts, which are read while they are sent, ranges are held in memory
+WRITE_BYTES = 2**18  # for a whole range at once, Linux seeks pages that lie together: twice the time on a virtual machine
 MAX_PARTS = 10_000
 
 _LOCKS, _PROBES = ".locks/", ".probes/"  # no part of a key starts with a dot, so these are never listed
@@ -242,7 +243,8 @@ class S3Store(Store):
                 with closing(self._chunks(key, file.tell(), size_bytes)) as chunks, _threads(1) as beside:
                     for chunk in chunks:
                         hashed = beside.submit(digest.update, chunk)
-                        file.write(chunk)
+                        for first in range(0, len(chunk), WRITE_BYTES):
+                            file.write(memoryview(chunk)[first : first + WRITE_BYTES])
                         hashed.result()
             return digest.hexdigest()
 

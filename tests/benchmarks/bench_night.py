@@ -7,8 +7,9 @@ night    runs in which nothing has changed. total: from their creation to their 
          adds to loading Prefect, measured in turns in processes of their own. ours, CPU: the same in seconds of CPU,
          which other work on the machine does not stretch: such a night in a process, less one with an empty flow.
 resume   a run killed in check_parity, its last step, and retried: what the second attempt computed
-queue    `--models` models at once on `--workers` workers of one run each, with every step to do and again with nothing
-         changed, on `--database` sqlite or postgresql (a server of its own, by Debian's package)
+queue    `--models` models at once on `--workers` workers of one run each, with every step to do, unless `--folder` has
+         them done, and again with nothing changed, on `--database` sqlite or postgresql (a server of its own, by
+         Debian's package)
 
 Status 1 if a run was lost, or the resumed one computed more than its last step.
 """
@@ -71,6 +72,7 @@ def spec_of(number: int) -> dict[str, Any]:
         "model": {"architecture": NETWORK, "weights": "digits.safetensors"},
         "data": {"source": "digits", "calibration": 64, "selection": 64, "gate": 128,
                  "checks": {"num_calibration": {"low": 32}}},
+        "quant": {"search": False, "float_budget": 0.0},  # both take their time
         "evaluation": {"latency_batch_sizes": [1], "latency_rounds": 10},
         "gates": dict.fromkeys(GatesSpec.model_fields),
     }  # fmt: skip
@@ -176,7 +178,8 @@ def queue(place: Installation, world: World, models: int, workers: int) -> bool:
     for number in range(workers):
         place.start_worker(f"worker{number}", "--limit", "1")
     good = True
-    for what, expected in (("everything to do", "Completed"), ("nothing changed", "Unchanged")):
+    kept = (world.folder / "store").exists()
+    for what, expected in (("everything to do", "Completed"), ("nothing changed", "Unchanged"))[kept:]:
         start = time.perf_counter()
         runs = [world.run(place, spec_of(number)) for number in range(1, models + 1)]
         found = ended(place, runs, 3600)
@@ -232,10 +235,11 @@ def main() -> int:
     parser.add_argument("--models", type=int, default=50)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--database", choices=["sqlite", "postgresql"], default="sqlite")
+    parser.add_argument("--folder", type=Path, help="of weights and store; kept, so that another call has nothing to do")
     arguments = parser.parse_args()
     good = True
     with tempfile.TemporaryDirectory() as home, tempfile.TemporaryDirectory() as folder:
-        world = World(Path(folder))
+        world = World(arguments.folder or Path(folder))
         with database(arguments.database) as settings, installation(Path(home), **settings) as place:
             if "night" in arguments.what:
                 good &= night(place, world, arguments.repeats)

@@ -2,7 +2,8 @@
 
     python tests/benchmarks/bench_trigger.py --rounds 5
 
-Each announcement is of weights that are not there, so that the run ends soon after its first step.
+Each announcement is of weights that are not there, so that the run ends soon after its first step. A round begins when
+the worker is idle: not before the run of `announcements` has ended, which each event starts as well.
 """
 
 from __future__ import annotations
@@ -50,6 +51,12 @@ def times(fleet: Production) -> tuple[float, float, float]:
     run = fleet.ended(wait_for(run_of_event, "the run")["id"])
     steps = {"flow_runs": {"id": {"any_": [run["id"]]}}, "sort": "EXPECTED_START_TIME_ASC"}
     first = wait_for(lambda: fleet.post("/task_runs/filter", steps), "its first step")[0]
+    checks = {
+        "deployments": {"name": {"any_": ["announcements"]}},
+        "flow_runs": {"expected_start_time": {"after_": run["start_time"]}},
+    }
+    check = wait_for(lambda: fleet.post("/flow_runs/filter", checks), "the run of announcements")[0]
+    fleet.ended(check["id"])
     start = datetime.fromisoformat(sent["occurred"])
     moments = (run["created"], run["start_time"], first["start_time"])
     created, running, stepping = ((datetime.fromisoformat(one) - start).total_seconds() for one in moments)

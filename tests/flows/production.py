@@ -22,6 +22,7 @@ import yaml
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.deploy import deploy
+from flows.machine import read_env
 from tests.flows.prefect_server import end
 
 if TYPE_CHECKING:
@@ -31,18 +32,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 PREFECT = str(Path(sys.executable).with_name("prefect"))
 BLOCK = "webhook/requant-tests"
-QUIET = {  # with SQLite: one transaction for many events; and what is looked at now and then is looked at often
-    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
-    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
-    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
-    "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_BATCH_SIZE": "100",
-    "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_READ_BATCH_SIZE": "100",
+SETTINGS = {  # those of `make up`; what is looked at now and then is looked at often
+    **read_env("server.env"),
+    **read_env("worker.env"),
     "PREFECT_SERVER_SERVICES_LATE_RUNS_AFTER_SECONDS": "3",
     "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "2",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "DO_NOT_TRACK": "1",
     "PREFECT_CLI_COLORS": "false",
-    "PREFECT_WORKER_QUERY_SECONDS": "1",
 }
 
 
@@ -146,7 +141,7 @@ def production(place: Place, folder: Path) -> Iterator[Production]:
     """A running server and worker; their logs are in `folder`."""
     port = free_port()
     url = f"http://127.0.0.1:{port}/api"
-    environment = {**place.environment, **QUIET, "PREFECT_HOME": str(folder / "prefect"), "PREFECT_API_URL": url}
+    environment = {**place.environment, **SETTINGS, "PREFECT_HOME": str(folder / "prefect"), "PREFECT_API_URL": url}
     with (
         _process(folder, environment, "server", "start", "--host", "127.0.0.1", "--port", str(port)),
         _ears() as (webhook, heard),
