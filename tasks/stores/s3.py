@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 PART_BYTES = 32 * 2**20  # of an upload; fixed, so that any process can go on with the parts of another
 RANGE_BYTES = 8 * 2**20  # of a download; unlike parts, which are read while they are sent, ranges are held in memory
-WRITE_BYTES = 2**18  # for a whole range at once, Linux seeks pages that lie together: twice the time on a virtual machine
+WRITE_BYTES = 2**18  # for a whole range at once, Linux seeks pages that lie together, which takes twice the time
 MAX_PARTS = 10_000
 
 _LOCKS, _PROBES = ".locks/", ".probes/"  # no part of a key starts with a dot, so these are never listed

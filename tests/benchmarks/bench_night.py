@@ -235,7 +235,7 @@ def main() -> int:
     parser.add_argument("--models", type=int, default=50)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--database", choices=["sqlite", "postgresql"], default="sqlite")
-    parser.add_argument("--folder", type=Path, help="of weights and store; kept, so that another call has nothing to do")
+    parser.add_argument("--folder", type=Path, help="of the store; kept, so that another call has nothing to do")
     arguments = parser.parse_args()
     good = True
     with tempfile.TemporaryDirectory() as home, tempfile.TemporaryDirectory() as folder:
