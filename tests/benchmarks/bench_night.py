@@ -42,11 +42,6 @@ from tasks.models.weights import save_weights
 from tests.flows.prefect_server import FINAL, Installation, installation, processes_of, wait_for
 
 NETWORK = "tasks.models.digits:digits_net"
-BATCHED = {  # so that SQLite is not locked by each event on its own
-    f"PREFECT_SERVER_SERVICES_{service}_{size}": "100"
-    for service in ("TASK_RUN_RECORDER", "EVENT_PERSISTER")
-    for size in ("BATCH_SIZE", "READ_BATCH_SIZE")
-} | {"PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1"}
 PREFECT_ALONE = "import prefect.flow_engine"
 EMPTY = """
 import prefect.flow_engine
@@ -222,7 +217,7 @@ def postgresql() -> Iterator[str]:
 def database(kind: str) -> Iterator[dict[str, str]]:
     """What makes a server use it."""
     if kind == "sqlite":
-        yield BATCHED
+        yield {}
     else:
         with postgresql() as url:
             yield {"PREFECT_SERVER_DATABASE_CONNECTION_URL": url}

@@ -19,6 +19,8 @@ import httpx
 import psutil
 from prefect.client.orchestration import SyncPrefectClient
 
+from flows.machine import read_env
+
 PREFECT = str(Path(sys.executable).with_name("prefect"))
 POOL = "cpu"
 LOCKED_S = 60  # SQLite answers 503 while it is busy
@@ -141,9 +143,9 @@ def installation(home: Path, **environment: str) -> Iterator[Installation]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     place = Installation(home, port, {
-        **os.environ, "PREFECT_HOME": str(home), "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1", "PREFECT_CLI_COLORS": "false",
-        "PREFECT_WORKER_QUERY_SECONDS": "2", "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30", **environment,
+        **os.environ, **read_env("server.env"), **read_env("worker.env"),  # as `make up` has them
+        "PREFECT_HOME": str(home), "PREFECT_API_URL": f"http://127.0.0.1:{port}/api", "PREFECT_CLI_COLORS": "false",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30", **environment,
     })  # fmt: skip
     try:
         place.start_server()
