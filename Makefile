@@ -4,7 +4,7 @@ UV ?= uv
 VENV := .venv
 STAMP := $(VENV)/.stamp
 
-.PHONY: demo up status down test test-all check gpu-check lock clean
+.PHONY: demo up status down test check gpu-check lock clean
 
 demo: $(STAMP)  ## a digits classifier, from training to a judged INT8 engine
 	$(VENV)/bin/requant demo
@@ -17,9 +17,6 @@ status down: $(STAMP)  ## what runs of it; stop it
 
 test: check  ## what CI runs
 	$(VENV)/bin/pytest
-
-test-all: check  ## and the long tests: servers and workers that are killed, alarms, a whole installation
-	REQUANT_TEST_ALL=1 $(VENV)/bin/pytest
 
 check: $(STAMP)  ## lint, format and types
 	$(VENV)/bin/ruff check

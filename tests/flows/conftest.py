@@ -33,10 +33,6 @@ from tests.flows.prefect_server import Installation, installation
 if TYPE_CHECKING:
     from tests.flows.production import Production
 
-# With servers, databases and workers of their own, which are killed, these take half an hour: `make test-all`.
-LONG = ("alarms", "announce", "cancel", "crash", "deploy", "deployment", "machine")
-collect_ignore = [] if os.environ.get("REQUANT_TEST_ALL") else [f"test_{name}.py" for name in LONG]
-
 NETWORKS = '''
 """Two classifiers that train in seconds."""
 
