@@ -32,14 +32,15 @@ POOL = "elsewhere"
 
 
 @pytest.fixture(scope="module")
-def client(prefect_server: str) -> Iterator[SyncPrefectClient]:
+def client(prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SyncPrefectClient]:
     """Both children deployed to a pool of processes."""
+    folder = str(tmp_path_factory.mktemp("empty"))  # every run begins with a copy of it
     with get_client(sync_client=True) as client:
         client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
         for name in ("build", "train"):
             flow = client.create_flow_from_name(name)
             client.create_deployment(
-                flow, name=POOL, entrypoint=f"flows.build.{name}", path=str(Path.cwd()), work_pool_name=POOL
+                flow, name=POOL, entrypoint=f"flows.build.{name}", path=folder, work_pool_name=POOL
             )
         yield client
 
