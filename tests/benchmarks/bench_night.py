@@ -234,7 +234,7 @@ def main() -> int:
     arguments = parser.parse_args()
     good = True
     with tempfile.TemporaryDirectory() as home, tempfile.TemporaryDirectory() as folder:
-        world = World(arguments.folder or Path(folder))
+        world = World((arguments.folder or Path(folder)).resolve())
         with database(arguments.database) as settings, installation(Path(home), **settings) as place:
             if "night" in arguments.what:
                 good &= night(place, world, arguments.repeats)
