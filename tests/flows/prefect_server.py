@@ -66,7 +66,7 @@ class Installation:
         with SyncPrefectClient(self.url) as client:
             flow = client.create_flow_from_name("requantize")
             self.deployment = client.create_deployment(
-                flow, "test", work_pool_name=POOL, entrypoint="flows.requantize.requantize"
+                flow, "test", work_pool_name=POOL, entrypoint="flows.requantize.requantize", tags=["requant"]
             )
 
     def run(self, spec: Mapping[str, Any], folder: Path, environment: Mapping[str, str]) -> str:

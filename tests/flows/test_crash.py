@@ -11,17 +11,15 @@ import sys
 import threading
 import time
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.objects import StateType
-from prefect.events.actions import ChangeFlowRunState
-from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
+from flows.alarms import alarms
+from tasks.contracts.fleet import AlarmsSpec
 from tasks.stores.base import open_store
 from tests.flows.prefect_server import Installation, processes_of, wait_for
 from tests.flows.test_requantize import STEPS, TAKEN, trained
@@ -132,16 +130,8 @@ def newest_record(place: Place) -> Path:
 def test_a_run_whose_worker_died_too_is_found_by_its_heartbeat(
     installed: Installation, after_first: Place, plain: dict[str, Any]
 ) -> None:
-    """Nobody is left to say that it crashed but an automation; then another worker goes on with it."""
-    silence = AutomationCore(
-        name="crash runs without a heartbeat",
-        trigger=EventTrigger(
-            after={"prefect.flow-run.heartbeat"}, expect={"prefect.flow-run.*"}, for_each={"prefect.resource.id"},
-            match={"prefect.resource.id": ["prefect.flow-run.*"]}, posture=Posture.Proactive, threshold=1,
-            within=timedelta(seconds=10),
-        ),
-        actions=[ChangeFlowRunState(state=StateType.CRASHED, message="No heartbeat")],
-    )  # fmt: skip
+    """Nobody is left to say that it crashed but the fleet's automation; then another worker goes on with it."""
+    (silence,) = alarms(AlarmsSpec(dead_after_s=90), notify=None)
     with SyncPrefectClient(installed.url) as client:
         automation = client.create_automation(silence)
     try:
@@ -151,7 +141,7 @@ def test_a_run_whose_worker_died_too_is_found_by_its_heartbeat(
         for pid in processes_of(run):
             os.kill(pid, signal.SIGKILL)
         assert installed.read(run)["state_type"] == "RUNNING"
-        assert installed.wait(run, "CRASHED")["state"]["message"] == "No heartbeat"
+        assert installed.wait(run, "CRASHED")["state"]["message"] == "No heartbeat for 90 s: the process is gone."
     finally:
         installed.call("DELETE", f"/automations/{automation}")
     installed.start_worker()
