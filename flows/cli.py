@@ -33,6 +33,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+PREFECT_DEFAULTS = {  # of the server that a run starts for itself; what infra/server.env has too is the same there
+    "DO_NOT_TRACK": "1",
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # a fleet's server counts silent runs as crashed
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # a cold start takes 20
+    # Events are written in batches: one by one they lock SQLite, for ten seconds of a demo.
+    "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_BATCH_SIZE": "100",
+    "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_READ_BATCH_SIZE": "100",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
+}
 SpecFile = Annotated[Path | None, typer.Argument(help="A YAML spec: model, data, quant, target, evaluation, gates.")]
 
 
@@ -413,10 +425,8 @@ def _prefect() -> Iterator[None]:
         RequantError: if no server can be reached.
     """
     _check_settings()
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")  # a cold start takes 20
-    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")  # a fleet's server counts silent runs as crashed
-    os.environ.setdefault("DO_NOT_TRACK", "1")
+    for name, value in PREFECT_DEFAULTS.items():
+        os.environ.setdefault(name, value)
     import prefect.server.api.server  # noqa: F401 - here, as two threads must not import the same modules at once
     from prefect.client.orchestration import get_client
 

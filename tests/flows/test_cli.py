@@ -10,6 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from flows import cli
+from flows.machine import read_env
 from tasks.contracts.errors import RequantError
 from tasks.contracts.spec import RunSpec
 
@@ -46,6 +47,14 @@ def test_options_go_over_the_file_and_set_goes_over_both(asked: list[RunSpec], t
     assert (spec.name, spec.seed) == ("last", 7)
     assert (spec.model.architecture, spec.model.weights) == ("torchvision:resnet18", "b.pth")
     assert (spec.data.source, spec.data.calibration) == ("others", 9)
+
+
+def test_a_run_starts_its_server_with_the_settings_of_an_installation() -> None:
+    """They are written twice, as infra/ is not installed with the package."""
+    installed = read_env("server.env").items() | read_env("worker.env").items()
+    shared = {name for name, _ in installed} & cli.PREFECT_DEFAULTS.keys()
+    assert {(name, cli.PREFECT_DEFAULTS[name]) for name in shared} <= installed
+    assert {name for name, _ in installed if "_SERVICES_" in name and "BATCH" in name} <= shared
 
 
 def test_set_takes_yaml(asked: list[RunSpec]) -> None:
