@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,19 +19,19 @@ import PIL
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.contracts.errors import DataError
-from tasks.data.cache import disk_errors, locked, pixels_digest
-from tasks.data.measure import THUMBNAIL, Look, look_at, measure
+from tasks.data.cache import disk_errors, locked
+from tasks.data.measure import THUMBNAIL
 from tasks.data.parallel import in_parallel, in_processes
+from tasks.data.rows import Chunk, measure_rows
 from tasks.data.sources import Source
 from tasks.stores.workspace import replacing
 
 Progress = Callable[[int, int], None]
 
 PART = 2048  # images that a kill may cost
-MANY = 4096  # images from which on processes are worth their start; threads would share one interpreter's lock
+MANY = 2048  # images from which on processes are worth their start; threads would share one interpreter's lock
 CHUNK = 64  # images sent to a process at once
-_VERSION = 4  # of `tasks.data.measure`: what another one measured is not used
+_VERSION = 5  # of `tasks.data.measure`: what another one measured is not used
 
 _NUMBERS = (
     *(f"{statistic}_{channel}" for statistic in ("mean", "std") for channel in "rgb"),
@@ -111,62 +110,34 @@ def _measured(
     folder: Path,
     progress: Progress | None,
 ) -> list[pa.Table]:
-    def chunk(part: Sequence[int]) -> _Chunk:
+    def chunk(part: Sequence[int]) -> Chunk:
         return source.part(part), [names[row] for row in part], states_N2[part]
 
     wanted = rows.tolist()
     if len(wanted) < MANY:
-        measured = in_parallel(lambda part: _rows(chunk(part)), wanted)
+        measured = in_parallel(lambda part: measure_rows(chunk(part)), wanted)
     else:
         starts = range(0, len(wanted), CHUNK)
-        measured = in_processes(_rows, (chunk(wanted[start : start + CHUNK]) for start in starts))
+        measured = in_processes(measure_rows, (chunk(wanted[start : start + CHUNK]) for start in starts))
     parts: list[pa.Table] = []
     first = len(list(folder.glob("part-*.parquet")))
     with closing(measured):
         for number in count(first):
-            records = list(islice(measured, PART))
-            if not records:
+            tables = list(_about(PART, (pa.Table.from_pydict(columns, SCHEMA) for columns in measured)))
+            if not tables:
                 return parts
-            parts.append(pa.Table.from_pylist(records, SCHEMA))
+            parts.append(pa.concat_tables(tables))
             _write(parts[-1], folder / f"part-{number:06}.parquet")
             if progress is not None:
                 progress(sum(map(len, parts)), len(rows))
     return parts
 
 
-_Chunk = tuple[Source, list[str], np.ndarray]  # with the names as shown, and the states
-
-
-def _rows(chunk: _Chunk) -> list[dict[str, Any]]:
-    source, names, states_N2 = chunk
-    found = [_row(source, names, states_N2, row) for row in range(len(source))]
-    measured = iter(measure([look for _, look in found if look is not None]))  # many at once cost little
-    return [record if look is None else {**record, **next(measured)} for record, look in found]
-
-
-def _row(source: Source, names: list[str], states_N2: np.ndarray, row: int) -> tuple[dict[str, Any], Look | None]:
-    """What a row holds but for what is measured on looks, and the look; none if there is a fault."""
-    size, time = states_N2[row].tolist()
-    known = {"path": names[row], "state_size": size, "state_time": time}
-    if names[row] != source.names[row]:
-        return {**known, "fault": "the name is not UTF-8"}, None
-    try:
-        found = source.inspect(row)
-    except DataError as error:
-        return {**known, "fault": error.problem.removeprefix(f"{names[row]}: ")}, None
-    record = {
-        **known,
-        "bytes": found.num_bytes,
-        "sha256": found.sha256,
-        "pixels": pixels_digest(found.image).decode(),
-        "format": found.format,
-        "mode": found.mode,
-        "width": found.width,
-        "height": found.height,
-        "orientation": found.orientation,
-        "num_frames": found.num_frames,
-    }
-    return record, look_at(found.image)
+def _about(num_rows: int, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """The next tables, until they have that many rows together."""
+    while num_rows > 0 and (table := next(tables, None)) is not None:
+        yield table
+        num_rows -= len(table)
 
 
 def _write(table: pa.Table, path: Path) -> None:

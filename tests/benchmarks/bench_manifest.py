@@ -6,6 +6,7 @@ FOLDER holds a sub-folder per class. The rounds are interleaved, so a busy machi
 median, the quartiles and the ratio to plain decoding (read, decode, to RGB) in the same round. The contract is judged
 on invented rows, each number of them in a fresh process; importing Great Expectations, about as long as judging 50,000
 rows, is not counted. `near` is the search for near copies alone; both checks contain it. Seconds are of CPU there.
+Between the two: of how many images a copy, scaled or compressed, is found.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +31,13 @@ from PIL import Image
 from tasks.contracts.spec import ChecksSpec, PreprocessSpec
 from tasks.data.checks import check_images, check_splits
 from tasks.data.manifest import build_manifest
-from tasks.data.measure import THUMBNAIL
+from tasks.data.measure import THUMBNAIL, look_at, measure
 from tasks.data.near import near_pairs
 from tasks.data.parallel import CHUNK
 from tasks.data.sources import FORMATS, FileSource, open_source
 from tasks.scoring.memory_probe import peak_kib
+
+COPIED = 500  # images
 
 
 def main() -> None:
@@ -52,6 +56,8 @@ def main() -> None:
         assert isinstance(source, FileSource)
         print(f"{len(source)} images, {os.cpu_count()} threads, {arguments.rounds} rounds\n")
         print_times(measure_times(source, arguments.rounds), len(source))
+        print()
+        print_copies(source)
         print()
     print(f"{'rows':>9}{'images s':>10}{'splits s':>10}{'near s':>8}{'us/row':>8}{'before MiB':>12}{'peak MiB':>10}")
     for count in arguments.rows:
@@ -95,6 +101,32 @@ def print_times(seconds: dict[str, np.ndarray], num_images: int) -> None:
         over_first = np.median(values / seconds["first run"])
         quartiles = f"{low:.3f} - {high:.3f}"
         print(f"{name:16}{median:10.3f}{quartiles:>18}{num_images / median:11.0f}{ratios:>26}{over_first:12.3f}")
+
+
+def print_copies(source: FileSource) -> None:
+    """Of how many images a copy, made as people make them, is found to be a near duplicate."""
+
+    def scaled(image: Image.Image, by: float) -> Image.Image:
+        return image.resize((round(image.width * by), round(image.height * by)), Image.Resampling.BICUBIC)
+
+    def saved(image: Image.Image) -> Image.Image:
+        image.save(buffer := io.BytesIO(), "JPEG", quality=40)
+        return Image.open(buffer)
+
+    def columns(images: list[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
+        found = measure([look_at(image, image.tobytes()) for image in images])
+        looks_NB = np.frombuffer(b"".join(found["thumbnail"]), np.uint8).reshape(len(images), -1)
+        return np.array(found["phash"], np.uint64), looks_NB
+
+    rows = np.linspace(0, len(source) - 1, COPIED, dtype=int)
+    images = [source.load(int(row)) for row in rows]
+    hashes, looks = columns(images)
+    kinds = {f"scaled by {by}": partial(scaled, by=by) for by in (0.43, 0.7, 2.6)} | {"JPEG, quality 40": saved}
+    for kind, made in kinds.items():
+        theirs, their_looks = columns([made(image) for image in images])
+        pairs_P2 = near_pairs(np.concatenate([hashes, theirs]), np.concatenate([looks, their_looks]))
+        found = np.isin(np.arange(COPIED), pairs_P2[pairs_P2[:, 1] == pairs_P2[:, 0] + COPIED, 0]).mean()
+        print(f"{kind:18} {found:.1%} of {COPIED} copies found")
 
 
 def measure_contract(count: int) -> None:

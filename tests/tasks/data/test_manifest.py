@@ -14,9 +14,8 @@ from PIL import Image
 
 from tasks.contracts.errors import RequantError, StoreError
 from tasks.data import manifest
-from tasks.data.cache import pixels_digest
 from tasks.data.manifest import SCHEMA, build_manifest
-from tasks.data.sources import FileSource, Inspected, open_source
+from tasks.data.sources import FileSource, Inspected, open_source, pixels_digest
 
 
 @pytest.fixture
@@ -44,7 +43,8 @@ def test_a_row_tells_all_of_an_image(write_folder: Callable[..., Path], tmp_path
     assert frame["fault"].isna().all()
     first, content = frame.iloc[0], (folder / source.names[0]).read_bytes()
     assert (first["bytes"], first["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
-    assert first["pixels"] == pixels_digest(source.load(0)).decode()
+    image = source.load(0)
+    assert first["pixels"] == pixels_digest(image, image.tobytes()).decode()
     assert (first["format"], first["mode"], first["width"], first["height"]) == ("PNG", "RGB", 48, 40)
     assert (first["orientation"], first["num_frames"]) == (1, 1)
 
@@ -88,14 +88,14 @@ def test_processes_find_what_threads_find(
 def test_a_killed_run_is_gone_on_with(
     write_folder: Callable[..., Path], tmp_path: Path, inspected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whole parts are kept; nothing is left of them in the end."""
-    monkeypatch.setattr(manifest, "PART", 4)
+    """Whole parts, of one chunk at least, are kept; nothing is left of them in the end."""
+    monkeypatch.setattr(manifest, "PART", 2)
     folder, scratch = write_folder({"cat": 50, "dog": 50}), tmp_path / "scratch"
     source = open_source(str(folder))
 
     def kill(done: int, total: int) -> None:
         assert total == 100
-        if done == 8:
+        if done == 32:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -103,7 +103,7 @@ def test_a_killed_run_is_gone_on_with(
     inspected.clear()
     frame = build_manifest(source, scratch)
     assert len(frame) == 100
-    assert set(inspected) == set(source.names[8:])
+    assert set(inspected) == set(source.names[32:])
     assert len(list(scratch.rglob("*.parquet"))) == 1
 
 
@@ -220,7 +220,7 @@ def test_a_process_that_dies_is_one_clear_error(
 ) -> None:
     """As one does that the system kills for want of memory."""
     monkeypatch.setattr(manifest, "MANY", 1)
-    monkeypatch.setattr(manifest, "_rows", lambda chunk: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(manifest, "measure_rows", lambda chunk: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(RequantError, match="was killed") as caught:
         build_manifest(open_source(str(write_folder({"cat": 3, "dog": 3}))), tmp_path / "scratch")
     assert "Run again" in caught.value.remedy
