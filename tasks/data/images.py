@@ -22,8 +22,9 @@ from tasks.contracts.errors import DataError
 from tasks.contracts.records import SPLITS, SplitName
 from tasks.contracts.spec import DataSpec, ModelSpec, PreprocessSpec
 from tasks.data.cache import DecodedImages, Progress, decode_images, disk_errors
+from tasks.data.open_source import is_torchvision, open_source
 from tasks.data.preprocess import normalise, resolve_preprocess
-from tasks.data.sources import Source, is_torchvision, open_source, some
+from tasks.data.sources import Source, some
 from tasks.data.splits import Splits, split_images
 from tasks.stores.workspace import replacing
 

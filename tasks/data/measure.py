@@ -1,4 +1,4 @@
-"""What images are like: the numbers that data checks judge. Axes: N image, H row, W column, C channel, L level.
+"""What images are like: the numbers that data checks judge. Axes: N image, H row, W column, C channel, P pixel.
 
 `look_at` does what needs a whole image, mostly outside the interpreter's lock; `measure` computes on many looks at
 once, because numpy's fixed cost per call, inside that lock, is larger than the arithmetic on one image.

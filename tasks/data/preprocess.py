@@ -13,7 +13,8 @@ from PIL import Image
 
 from tasks.contracts.errors import DataError, SpecError
 from tasks.contracts.spec import DataSpec, ModelSpec, PreprocessSpec
-from tasks.data.sources import DIGITS, in_mode
+from tasks.data.open_source import DIGITS
+from tasks.data.sources import in_mode
 
 DIGITS_MEAN, DIGITS_STD = 0.306, 0.324  # of all 1797 digits, enlarged as below
 DIGITS_SIDE = 32  # halved by five strides, as most networks do, it still leaves a pixel

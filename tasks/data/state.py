@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tasks.contracts.spec import DataSpec
-from tasks.data.sources import DIGITS, is_image_of_a_class, is_torchvision, open_source
+from tasks.data.open_source import DIGITS, is_image_of_a_class, is_torchvision, open_source
 from tasks.stores.base import sha256_of
 from tasks.stores.mirror import is_remote, listing_digest
 from tasks.stores.steps import library_versions

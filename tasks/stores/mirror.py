@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -32,7 +32,7 @@ DOWNLOADS = 16  # objects at once: many are small, and wait for the server more 
 
 Progress = Callable[[int, int], None]
 
-_in_use: dict[Path, BinaryIO] = {}  # lock files of the trees that this process uses; the system frees them at its end
+_in_use: dict[Path, int] = {}  # descriptors of the locks of trees that this process uses; the system closes them
 
 
 def is_remote(path: str) -> bool:
@@ -171,12 +171,12 @@ def _use(tree: Path) -> None:
     """Keep the tree from being removed while this process lives."""
     lock = tree.with_suffix(".lock")
     while tree not in _in_use:
-        file = lock.open("ab")
-        fcntl.flock(file, fcntl.LOCK_SH)
-        if lock.exists() and os.path.samestat(lock.stat(), os.fstat(file.fileno())):
-            _in_use[tree] = file
+        held = os.open(lock, os.O_WRONLY | os.O_CREAT, 0o666)
+        fcntl.flock(held, fcntl.LOCK_SH)
+        if lock.exists() and os.path.samestat(lock.stat(), os.fstat(held)):
+            _in_use[tree] = held
         else:
-            file.close()  # removed with its tree just now
+            os.close(held)  # removed with its tree just now
     os.utime(lock)
 
 

@@ -26,16 +26,17 @@ import pandas as pd
 from tasks.contracts.spec import PreprocessSpec
 from tasks.data.cache import decode_images
 from tasks.data.images import ImageSet
+from tasks.data.open_source import open_source
 from tasks.data.parallel import CHUNK
 from tasks.data.preprocess import fit_image
-from tasks.data.sources import Source, open_source
+from tasks.data.sources import Source
 
 PEAK = """
 import sys
 from pathlib import Path
 from tasks.contracts.spec import PreprocessSpec
 from tasks.data.cache import decode_images
-from tasks.data.sources import open_source
+from tasks.data.open_source import open_source
 from tasks.scoring.memory_probe import peak_kib
 
 manifest, root, scratch, preprocess = sys.argv[1:]

@@ -33,8 +33,9 @@ from tasks.data.checks import check_images, check_splits
 from tasks.data.manifest import build_manifest
 from tasks.data.measure import THUMBNAIL, look_at, measure
 from tasks.data.near import near_pairs
+from tasks.data.open_source import open_source
 from tasks.data.parallel import CHUNK
-from tasks.data.sources import FORMATS, FileSource, open_source
+from tasks.data.sources import FORMATS, FileSource
 from tasks.scoring.memory_probe import peak_kib
 
 COPIED = 500  # images

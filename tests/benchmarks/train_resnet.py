@@ -21,8 +21,8 @@ from torch.nn import functional
 
 from tasks.contracts.spec import PreprocessSpec
 from tasks.data.cache import decode_images
+from tasks.data.open_source import open_source
 from tasks.data.preprocess import normalise
-from tasks.data.sources import open_source
 
 PREPROCESS = PreprocessSpec(resize=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 BATCH_SIZE, SHIFT, RATE = 128, 3, 2e-3

@@ -15,8 +15,8 @@ from PIL import Image
 from tasks.contracts.errors import DataError, StoreError
 from tasks.contracts.spec import PreprocessSpec
 from tasks.data.cache import decode_images
+from tasks.data.open_source import open_source
 from tasks.data.preprocess import fit_image
-from tasks.data.sources import open_source
 
 SMALL = PreprocessSpec(resize=24, crop=20)
 
@@ -26,7 +26,7 @@ from pathlib import Path
 from tasks.contracts.errors import StoreError
 from tasks.contracts.spec import PreprocessSpec
 from tasks.data.cache import decode_images
-from tasks.data.sources import open_source
+from tasks.data.open_source import open_source
 
 folder, scratch, mode = sys.argv[1:]
 calls = []

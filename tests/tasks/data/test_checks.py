@@ -15,7 +15,7 @@ from tasks.contracts.records import Finding
 from tasks.contracts.spec import ChecksSpec, Limit, PreprocessSpec
 from tasks.data.checks import IMAGE_RULES, SHOWN, Rule, check_images, check_splits
 from tasks.data.manifest import build_manifest
-from tasks.data.sources import open_source
+from tasks.data.open_source import open_source
 
 PHOTOS = [Image.fromarray(pixels) for pixels in load_sample_images().images]
 Plant = Callable[[Path], object]

@@ -15,8 +15,8 @@ from tasks.contracts.errors import DataError, StoreError
 from tasks.contracts.records import SPLITS
 from tasks.contracts.spec import DataSpec, ModelSpec, PreprocessSpec
 from tasks.data.images import PreparedImages, prepare_images
+from tasks.data.open_source import open_source
 from tasks.data.preprocess import fit_image, normalise
-from tasks.data.sources import open_source
 
 MODEL = ModelSpec(architecture="mine:net")
 PLAIN = PreprocessSpec(resize=24, crop=20)

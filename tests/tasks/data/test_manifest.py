@@ -15,7 +15,8 @@ from PIL import Image
 from tasks.contracts.errors import RequantError, StoreError
 from tasks.data import manifest
 from tasks.data.manifest import SCHEMA, build_manifest
-from tasks.data.sources import FileSource, Inspected, open_source, pixels_digest
+from tasks.data.open_source import open_source
+from tasks.data.sources import FileSource, Inspected, pixels_digest
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tasks.contracts.errors import DataError, RequantError, SpecError
-from tasks.data.sources import open_source
+from tasks.data.open_source import open_source
 
 
 def test_folder_gives_sorted_classes_and_files(write_folder: Callable[..., Path]) -> None:

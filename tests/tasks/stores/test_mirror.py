@@ -15,7 +15,8 @@ from torch import nn
 
 from tasks.contracts.errors import DataError, StoreError, TransientStoreError
 from tasks.data.manifest import build_manifest
-from tasks.data.sources import FileSource, open_source
+from tasks.data.open_source import open_source
+from tasks.data.sources import FileSource
 from tasks.models.origin import weights_digest
 from tasks.models.weights import load_weights
 from tasks.stores.base import open_store

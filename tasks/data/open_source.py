@@ -1,0 +1,239 @@
+"""Where images come from: a folder per class, a manifest, a torchvision data set, or scikit-learn's digits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import csv
+
+from tasks.contracts.errors import DataError, SpecError
+from tasks.data.sources import ArraySource, FileSource, Source, some
+from tasks.stores.mirror import Progress, is_remote, local_file, local_tree
+
+ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"})
+TORCHVISION = ("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST")
+DIGITS = "digits"
+
+
+def open_source(
+    source: str, root: str | Path | None = None, *, for_gate: bool = False, progress: Progress | None = None
+) -> Source:
+    """The images that `source` names (see `DataSpec.source`).
+
+    `root` is what a manifest's paths start from, and where torchvision keeps its data. Only a torchvision data set
+    comes in two halves: `for_gate` takes its test half. What lies in S3 is copied first, and `progress` is told.
+
+    Raises:
+        StoreError: if S3 cannot be read.
+        DataError: if there are no images, or fewer than two classes, or a manifest is unusable.
+        SpecError: if torchvision has no such data set.
+    """
+    if is_remote(source) or is_remote(str(root)):
+        opened: Source = _remote(source, root, progress)
+    else:
+        opened = _open(source, None if root is None else Path(root), for_gate=for_gate)
+    if len(opened.class_names) < 2:
+        raise DataError(
+            f"{source} holds one class only ({opened.class_names[0]}).", remedy="A classifier needs two or more."
+        )
+    return opened
+
+
+def is_torchvision(source: str) -> bool:
+    """Whether `source` names a torchvision data set."""
+    return source.startswith("torchvision:")
+
+
+def _open(source: str, root: Path | None, *, for_gate: bool) -> Source:
+    if source == DIGITS:
+        return _digits()
+    if is_torchvision(source):
+        return _torchvision(source, root, train=not for_gate)
+    if source.endswith((".csv", ".parquet")):
+        return _manifest(Path(source), root)
+    return _folder(Path(source))
+
+
+def _remote(source: str, root: str | Path | None, progress: Progress | None) -> FileSource:
+    """Copied from S3. What was measured of it is kept under its own address, as each copy has a folder of its own."""
+    if not source.endswith((".csv", ".parquet")):
+        opened = _folder(local_tree(source, is_image_of_a_class, progress), source)
+        return replace(opened, name=source, origin=source)
+    file = local_file(source) if is_remote(source) else Path(source)
+    start = str(root) if root is not None else source.rpartition("/")[0]
+    if not is_remote(start):
+        return replace(_manifest(file, Path(start)), name=source)
+    listed = frozenset(_text(file, _table(file), "path"))
+    return replace(_manifest(file, local_tree(start, listed.__contains__, progress)), name=source, origin=start)
+
+
+def is_image_of_a_class(path: str) -> bool:
+    """Whether a path below a folder is that of an image in a class's own folder."""
+    parts = PurePosixPath(path)
+    return (
+        len(parts.parts) == 2 and parts.suffix.lower() in ENDINGS and not any(map(_is_hidden, map(Path, parts.parts)))
+    )
+
+
+def _folder(folder: Path, shown: str = "") -> FileSource:
+    if not folder.is_dir():
+        raise DataError(
+            f"There is no folder {folder}.",
+            remedy="data.source names a folder with one sub-folder per class, a .csv or .parquet manifest, "
+            "torchvision:<dataset> or digits.",
+        )
+    class_names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_hidden(entry))
+    images = [sorted(_images_in(folder / class_name)) for class_name in class_names]
+    if not any(images):
+        raise DataError(
+            f"{shown or folder} holds no images in {len(class_names)} sub-folders.",
+            remedy=f"Give each class a sub-folder with files that end in {', '.join(sorted(ENDINGS))}.",
+        )
+    if not all(images):
+        empty = [name for name, found in zip(class_names, images, strict=True) if not found]
+        raise DataError(f"{folder} has classes without images: {some(empty)}.", remedy="Fill or remove these folders.")
+    return FileSource(
+        name=str(folder),
+        class_names=tuple(class_names),
+        names=[name for found in images for name in found],
+        labels=np.repeat(np.arange(len(images)), [len(found) for found in images]),
+        root=folder,
+    )
+
+
+def _images_in(folder: Path) -> list[str]:
+    return [
+        f"{folder.name}/{entry.name}"
+        for entry in folder.iterdir()
+        if entry.suffix.lower() in ENDINGS and not _is_hidden(entry)
+    ]
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith(".")  # such as .ipynb_checkpoints, and the ._* twins that macOS leaves
+
+
+def _manifest(file: Path, root: Path | None) -> FileSource:
+    table = _table(file)
+    missing = [column for column in ("path", "label") if column not in table.column_names]
+    if missing:
+        raise DataError(
+            f"{file} has no column {' and no column '.join(missing)}; found {some(table.column_names)}.",
+            remedy="A manifest has the columns path and label.",
+        )
+    if table.num_rows == 0:
+        raise DataError(f"{file} lists no images.", remedy="Give it one row per image.")
+    paths, labels = _text(file, table, "path"), _text(file, table, "label")
+    folder = file.parent if root is None else root
+    _refuse_strangers(file, folder, paths)
+    class_names = _in_order(set(labels))
+    label_of = {name: label for label, name in enumerate(class_names)}
+    return FileSource(
+        name=str(file),
+        class_names=tuple(class_names),
+        names=paths,
+        labels=np.array([label_of[label] for label in labels], np.int64),
+        root=folder,
+    )
+
+
+def _table(file: Path) -> pa.Table:
+    try:
+        if file.suffix == ".parquet":
+            return pq.read_table(file)
+        as_text = {"path": pa.string(), "label": pa.string()}  # a class may be called NA or 007
+        return csv.read_csv(file, convert_options=csv.ConvertOptions(column_types=as_text))
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(
+            f"{file} cannot be read: {error}.", remedy="data.source names a CSV or Parquet file."
+        ) from error
+
+
+def _text(file: Path, table: pa.Table, name: str) -> list[str]:
+    """The column as text. A missing or empty value, or anything but text and whole numbers, is refused."""
+    column = table[name]
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)) and not (
+        name == "label" and pa.types.is_integer(column.type)
+    ):
+        raise DataError(
+            f"Column {name} of {file} holds {column.type}.",
+            remedy="A path is text; a label is text or a whole number.",
+        )
+    values = column.to_pylist()
+    empty = [str(row) for row, value in enumerate(values) if value in (None, "")]
+    if empty:
+        raise DataError(
+            f"Column {name} of {file} is empty in {len(empty)} of {len(values)} rows: {some(empty)} (from 0).",
+            remedy="Fill it or leave these rows out.",
+        )
+    return [str(value) for value in values]
+
+
+def _refuse_strangers(file: Path, folder: Path, paths: Sequence[str]) -> None:
+    outside = [path for path in paths if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts]
+    if outside:
+        raise DataError(
+            f"{file}: {len(outside)} of {len(paths)} paths lead out of {folder}: {some(outside)}.",
+            remedy="Paths are relative to data.root (default: the manifest's folder), without `..`.",
+        )
+    unknown = [path for path in paths if not (folder / path).is_file()]
+    if unknown:
+        raise DataError(
+            f"{file}: {len(unknown)} of {len(paths)} files are not in {folder}: {some(unknown)}.",
+            remedy="Mend the paths, or set data.root to the folder that they start from.",
+        )
+
+
+def _in_order(labels: set[str]) -> list[str]:
+    """Sorted by value if all of them are numbers, else as text."""
+    if all(label.removeprefix("-").isdecimal() for label in labels):
+        return sorted(labels, key=lambda label: (int(label), label))
+    return sorted(labels)
+
+
+def _digits() -> ArraySource:
+    from sklearn.datasets import load_digits  # takes a second to import, and only this source needs it
+
+    bundled = load_digits()
+    return ArraySource(
+        name=DIGITS,
+        class_names=tuple(str(name) for name in bundled.target_names),
+        names=_indices(len(bundled.images)),
+        labels=bundled.target.astype(np.int64),
+        pixels=np.rint(bundled.images * (255 / 16)).astype(np.uint8),
+    )
+
+
+def _torchvision(source: str, root: Path | None, *, train: bool) -> ArraySource:
+    _, _, name = source.partition(":")
+    if name not in TORCHVISION:
+        raise SpecError(f"data.source {source} is unknown.", remedy=f"Known sets: {', '.join(TORCHVISION)}.")
+    if root is None:
+        raise SpecError(
+            f"data.source {source} needs data.root.", remedy="Name the folder where torchvision keeps its data."
+        )
+    import torchvision  # takes seconds to import, and only these sources need it
+
+    try:
+        dataset = getattr(torchvision.datasets, name)(root, train=train, download=False)
+    except (RuntimeError, OSError) as error:
+        raise DataError(
+            f"{root} does not hold torchvision's {name}: {error}",
+            remedy=f"Nothing is downloaded unasked; torchvision.datasets.{name}({str(root)!r}, download=True) does it.",
+        ) from error
+    return ArraySource(
+        name=f"{source} ({'train' if train else 'test'})",
+        class_names=tuple(dataset.classes),
+        names=_indices(len(dataset)),
+        labels=np.asarray(dataset.targets, np.int64),
+        pixels=np.asarray(dataset.data),
+    )
+
+
+def _indices(count: int) -> list[str]:
+    return [str(index) for index in range(count)]
