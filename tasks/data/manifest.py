@@ -122,11 +122,12 @@ def _measured(
     parts: list[pa.Table] = []
     first = len(list(folder.glob("part-*.parquet")))
     with closing(measured):
+        tables = (pa.Table.from_pydict(columns, SCHEMA) for columns in measured)
         for number in count(first):
-            tables = list(_about(PART, (pa.Table.from_pydict(columns, SCHEMA) for columns in measured)))
-            if not tables:
+            part = list(_about(PART, tables))
+            if not part:
                 return parts
-            parts.append(pa.concat_tables(tables))
+            parts.append(pa.concat_tables(part))
             _write(parts[-1], folder / f"part-{number:06}.parquet")
             if progress is not None:
                 progress(sum(map(len, parts)), len(rows))
