@@ -25,11 +25,12 @@ from tasks.contracts.errors import DataError, StoreError
 from tasks.contracts.spec import PreprocessSpec
 from tasks.data.parallel import in_parallel
 from tasks.data.preprocess import fit_image, num_channels, to_channels
-from tasks.data.sources import Source, pixels_digest, some
+from tasks.data.sources import Source, pixels_digest, pixels_of, some
 
 Progress = Callable[[int, int], None]
 
 DIGEST = np.dtype("S32")
+_VERSION = 2  # of `pixels_digest`: what holds another is not used
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,9 +67,7 @@ def decode_images(
         StoreError: if `scratch` cannot be written.
     """
     geometry = geometry_of(preprocess)
-    key = hashlib.sha256(
-        json.dumps([source.fingerprint(), geometry, PIL.__version__, str(DIGEST)]).encode()
-    ).hexdigest()
+    key = hashlib.sha256(json.dumps([source.fingerprint(), geometry, PIL.__version__, _VERSION]).encode()).hexdigest()
     final = scratch / "images" / key
     if not final.is_dir():
         with disk_errors(final.parent):
@@ -157,7 +156,7 @@ def _decode_one(source: Source, preprocess: PreprocessSpec, row: int) -> _Decode
     except DataError as error:
         return error
     try:
-        return _Decoded(name, fit_image(image, preprocess), pixels_digest(image, image.tobytes()))
+        return _Decoded(name, fit_image(image, preprocess), pixels_digest(pixels_of(image)))
     except DataError as error:
         return DataError(f"{name}: {error.problem}", remedy=error.remedy)
 

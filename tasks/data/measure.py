@@ -7,23 +7,30 @@ once, because numpy's fixed cost per call, inside that lock, is larger than the 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 PROBE = 32  # side of the centres that compressibility, correlation and sharpness look at
-SMALL = 32  # the short side of the copy that all else is measured on has this many pixels, or up to twice as many
-GRID = 4  # as many pixels of a row are looked at, at least, to average over a square
-COPY = 32  # side of the grey copy that is hashed
+SMALL = 32  # side of the copy that all else is measured on; an image's own side if that is less than twice as much
+GRID = 5  # as many pixels of a row are looked at to average over a square
 THUMBNAIL = 16  # side of the grey copy that tells near duplicates from what merely hashes alike
 _LUMA = np.array([0.299, 0.587, 0.114])
-_LUMA_16 = np.array([19595, 38470, 7471], np.uint32)  # the same in Pillow's fixed point
-# The first frequencies of the DCT-II, [K, N]: eight of COPY, up to a factor.
-_COSINES = np.cos(np.pi / COPY * np.outer(np.arange(8), np.arange(COPY) + 0.5)).astype(np.float32)
+_LUMA_16 = np.array([19595, 38470, 7471, 0], np.float32)  # the same in Pillow's fixed point, of RGB and RGBX
+# The first frequencies of the DCT-II, [K, N]: eight of SMALL, up to a factor.
+_COSINES = np.cos(np.pi / SMALL * np.outer(np.arange(8), np.arange(SMALL) + 0.5)).astype(np.float32)
+
+_MEASURED = np.dtype(
+    [
+        *((f"{statistic}_{channel}", np.float32) for statistic in ("mean", "std") for channel in "rgb"),
+        *((name, np.float32) for name in ("brightness", "entropy", "sharpness", "compressibility", "correlation")),
+        ("phash", np.uint64),
+        ("thumbnail", f"V{THUMBNAIL**2}"),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -31,24 +38,15 @@ class Look:
     """What is kept of one image to measure it: some kilobytes."""
 
     small_HWC: np.ndarray
-    entropy: float
     near_HWC: np.ndarray  # centre, in the image's own pixels
-    far_HW: np.ndarray  # grey centre of the small copy
-    copy: bytes  # grey, COPY x COPY
 
 
-def look_at(image: Image.Image, content: bytes) -> Look:
-    """A decoded image, RGB or L, and its bytes. A large one is first averaged over squares, which costs little."""
-    small, extent = _small(image)
-    grey = small if small.mode == "L" else small.convert("L")
-    # Not BOX, which takes whole pixels of the small copy or none: then one picture in two sizes hashes differently.
-    copy = grey.resize((COPY, COPY), Image.Resampling.BILINEAR, box=extent)
+def look_at(image: Image.Image, pixels_HWC: np.ndarray) -> Look:
+    """A decoded image, RGB or L, and its pixels."""
+    small = _small(image)
     return Look(
-        small_HWC=_pixels(small, content if small is image else small.tobytes()),
-        entropy=grey.entropy(),
-        near_HWC=_centre(_pixels(image, content)).copy(),  # all else of the image can go
-        far_HW=_centre(_pixels(grey, grey.tobytes())[..., 0]),
-        copy=copy.tobytes(),
+        small_HWC=np.frombuffer(small.tobytes(), np.uint8).reshape(small.height, small.width, -1),
+        near_HWC=pixels_HWC[_centre(*image.size)].copy(),  # all else of the image can go
     )
 
 
@@ -66,21 +64,15 @@ def measure(looks: Sequence[Look]) -> dict[str, list[Any]]:
         phash: 64 bits that similar images share (`perceptual_hashes`).
         thumbnail: a grey copy, THUMBNAIL x THUMBNAIL bytes.
     """
-    means_NC, deviations_NC = _moments([look.small_HWC for look in looks])
-    near_N2 = _by_shape(_compressibility_and_correlation, [look.near_HWC for look in looks])
-    far_N2 = _by_shape(_sharpness_and_correlation, [look.far_HW for look in looks])
-    copies_NHW = np.frombuffer(b"".join(look.copy for look in looks), np.uint8).reshape(-1, COPY, COPY)
-    return {
-        **dict(zip(("mean_r", "mean_g", "mean_b"), means_NC.T.tolist(), strict=True)),
-        **dict(zip(("std_r", "std_g", "std_b"), deviations_NC.T.tolist(), strict=True)),
-        "brightness": (means_NC @ _LUMA / 255).tolist(),
-        "entropy": [look.entropy for look in looks],
-        "sharpness": far_N2[:, 0].tolist(),
-        "compressibility": near_N2[:, 0].tolist(),
-        "correlation": np.maximum(near_N2[:, 1], far_N2[:, 1]).tolist(),
-        "phash": perceptual_hashes(copies_NHW).tolist(),
-        "thumbnail": [thumbnail.tobytes() for thumbnail in _halved(copies_NHW)],
-    }
+    found = np.empty(len(looks), _MEASURED)
+    shapes = [look.small_HWC.shape for look in looks]
+    for shape in set(shapes):  # that of the other part follows from it
+        rows = [row for row, other in enumerate(shapes) if other == shape]
+        small_NHWC = np.stack([looks[row].small_HWC for row in rows])
+        near_NHWC = np.stack([looks[row].near_HWC for row in rows])
+        for name, values_N in _properties(small_NHWC, near_NHWC).items():
+            found[name][rows] = values_N
+    return {name: found[name].tolist() for name in _MEASURED.names or ()}
 
 
 def perceptual_hashes(copies_NHW: np.ndarray) -> np.ndarray:
@@ -94,32 +86,58 @@ def perceptual_hashes(copies_NHW: np.ndarray) -> np.ndarray:
     return hashes_N
 
 
-def _small(image: Image.Image) -> tuple[Image.Image, tuple[float, float, float, float]]:
-    """A copy of SMALL pixels or more, and the box in it that the image fills: its last row and column may be partial.
+def _small(image: Image.Image) -> Image.Image:
+    """A copy, SMALL x SMALL where the image is large: each pixel is the mean of what is looked at in its square.
 
-    Each pixel is the mean over a square, of which GRID x GRID pixels are looked at, or few more. To average all takes
-    twice the time, and moves the statistics by a hundredth of what lies between two photographs.
+    To average all takes twice the time, and moves the statistics by a hundredth of what lies between two photographs.
     """
-    factor = min(image.size) // SMALL
-    if factor <= 1:
-        return image, (0.0, 0.0, *image.size)
-    step = max(factor // GRID, 1)
-    columns, rows = image.width // step, image.height // step
-    if step > 1:
-        within = (0.0, 0.0, columns * step, rows * step)
-        image = image.resize((columns, rows), Image.Resampling.NEAREST, box=within)
-    factor //= step
-    return image.reduce(factor), (0.0, 0.0, columns / factor, rows / factor)
+    across, down = (1 if side < 2 * SMALL else GRID for side in image.size)
+    if across == down == 1:
+        return image
+    width, height = (side if side < 2 * SMALL else SMALL * GRID for side in image.size)
+    return image.resize((width, height), Image.Resampling.NEAREST).reduce((across, down))
 
 
-def _pixels(image: Image.Image, content: bytes) -> np.ndarray:
-    return np.frombuffer(content, np.uint8).reshape(image.height, image.width, -1)
-
-
-def _centre(pixels_HWC: np.ndarray) -> np.ndarray:
-    height, width = pixels_HWC.shape[:2]
+def _centre(width: int, height: int) -> tuple[slice, slice]:
+    """Its rows and its columns."""
     top, left = max(height - PROBE, 0) // 2, max(width - PROBE, 0) // 2
-    return pixels_HWC[top : top + PROBE, left : left + PROBE]
+    return slice(top, top + PROBE), slice(left, left + PROBE)
+
+
+def _properties(small_NHWC: np.ndarray, near_NHWC: np.ndarray) -> dict[str, np.ndarray]:
+    means_NC, deviations_NC = _moments(small_NHWC)
+    grey_NHW, near_NHW = _grey(small_NHWC), _grey(near_NHWC)
+    copies_NHW = _copies(grey_NHW)
+    rows, columns = _centre(*grey_NHW.shape[:0:-1])
+    far_NHW = grey_NHW[:, rows, columns].astype(np.float32)
+    return {
+        **dict(zip(("mean_r", "mean_g", "mean_b"), means_NC.T, strict=True)),
+        **dict(zip(("std_r", "std_g", "std_b"), deviations_NC.T, strict=True)),
+        "brightness": means_NC @ _LUMA / 255,
+        "entropy": _entropies(grey_NHW),
+        "sharpness": _sharpness(far_NHW),
+        "compressibility": np.array([len(zlib.compress(grey_HW.tobytes(), 1)) / grey_HW.size for grey_HW in near_NHW]),
+        "correlation": np.maximum(_correlations(near_NHW.astype(np.float32)), _correlations(far_NHW)),
+        "phash": perceptual_hashes(copies_NHW),
+        "thumbnail": _halved(copies_NHW).reshape(len(copies_NHW), -1).view(_MEASURED["thumbnail"])[:, 0],
+    }
+
+
+def _grey(pixels_NHWC: np.ndarray) -> np.ndarray:
+    """Luma, uint8, as Pillow rounds it."""
+    channels = pixels_NHWC.shape[3]
+    if channels == 1:
+        return pixels_NHWC[..., 0]
+    luma_NHW = pixels_NHWC.astype(np.float32) @ _LUMA_16[:channels]  # whole numbers below 2**24: exact
+    return ((luma_NHW + 0x8000) / 0x10000).astype(np.uint8)
+
+
+def _copies(grey_NHW: np.ndarray) -> np.ndarray:
+    """All of SMALL x SMALL pixels."""
+    if grey_NHW.shape[1:] == (SMALL, SMALL):
+        return grey_NHW
+    images = (Image.fromarray(grey_HW) for grey_HW in grey_NHW)
+    return np.stack([np.asarray(image.resize((SMALL, SMALL), Image.Resampling.BILINEAR)) for image in images])
 
 
 def _halved(pixels_NHW: np.ndarray) -> np.ndarray:
@@ -129,41 +147,23 @@ def _halved(pixels_NHW: np.ndarray) -> np.ndarray:
     return halved_NHW
 
 
-def _moments(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Means and standard deviations, [N, C], of HWC images. Sums of whole numbers: exact."""
-    ends = [0, *accumulate(image.shape[0] * image.shape[1] for image in images)]
-    pixels_P4 = np.ones((ends[-1], 4))  # the fourth is one, so that products of columns are sums, too
-    for image, (start, end) in zip(images, pairwise(ends), strict=True):
-        pixels_P4[start:end, :3] = image.reshape(end - start, -1)  # grey fills all three
-    parts = (pixels_P4[start:end] for start, end in pairwise(ends))
-    products_N44 = np.array([part.T @ part for part in parts]).reshape(-1, 4, 4)
-    total_N1 = products_N44[:, 3, 3:]
-    means_NC = products_N44[:, 3, :3] / total_N1
-    variances_NC = products_N44.diagonal(axis1=1, axis2=2)[:, :3] / total_N1 - means_NC**2
-    return means_NC, np.sqrt(np.maximum(variances_NC, 0))
+def _moments(pixels_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means and standard deviations, [N, 3]. Sums of whole numbers: exact."""
+    pixels_NPC = pixels_NHWC.reshape(len(pixels_NHWC), -1, pixels_NHWC.shape[3]).astype(np.float64)
+    count = pixels_NPC.shape[1]
+    means_NC = (np.ones(count) @ pixels_NPC) / count
+    squares_NC = np.diagonal(pixels_NPC.transpose(0, 2, 1) @ pixels_NPC, axis1=1, axis2=2) / count
+    deviations_NC = np.sqrt(np.maximum(squares_NC - means_NC**2, 0))
+    shape = (len(pixels_NHWC), 3)  # a grey one has three equal ones
+    return np.broadcast_to(means_NC, shape), np.broadcast_to(deviations_NC, shape)
 
 
-def _by_shape(compute: Callable[[np.ndarray], np.ndarray], images: Sequence[np.ndarray]) -> np.ndarray:
-    """Two numbers for each image, computed at once for those of one shape: uint8 [N, ...] goes in, [N, 2] comes out."""
-    values_N2 = np.empty((len(images), 2))
-    shapes = [image.shape for image in images]
-    for shape in set(shapes):
-        rows = [row for row, found in enumerate(shapes) if found == shape]
-        values_N2[rows] = compute(np.stack([images[row] for row in rows]))
-    return values_N2
-
-
-def _compressibility_and_correlation(pixels_NHWC: np.ndarray) -> np.ndarray:
-    grey_NHW = pixels_NHWC[..., 0]
-    if pixels_NHWC.shape[3] == 3:
-        grey_NHW = ((pixels_NHWC @ _LUMA_16 + 0x8000) >> 16).astype(np.uint8)
-    left_N = [len(zlib.compress(grey_HW.tobytes(), 1)) / grey_HW.size for grey_HW in grey_NHW]
-    return np.stack([left_N, _correlations(grey_NHW.astype(np.float32))], axis=1)
-
-
-def _sharpness_and_correlation(grey_NHW: np.ndarray) -> np.ndarray:
-    pixels_NHW = grey_NHW.astype(np.float32)
-    return np.stack([_sharpness(pixels_NHW), _correlations(pixels_NHW)], axis=1)
+def _entropies(grey_NHW: np.ndarray) -> np.ndarray:
+    count = len(grey_NHW)
+    levels_NP = grey_NHW.reshape(count, -1) + 256 * np.arange(count)[:, None]
+    shares_NL = np.bincount(levels_NP.ravel(), minlength=256 * count).reshape(count, 256) / levels_NP.shape[1]
+    entropies_N: np.ndarray = -(shares_NL * np.log2(np.where(shares_NL > 0, shares_NL, 1))).sum(1)
+    return entropies_N
 
 
 def _sharpness(pixels_NHW: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 
 from tasks.contracts.errors import DataError
 from tasks.data.measure import Look, look_at, measure
-from tasks.data.sources import Source, pixels_digest
+from tasks.data.sources import Source, pixels_digest, pixels_of
 
 _FACTS = ("bytes", "sha256", "pixels", "format", "mode", "width", "height", "orientation", "num_frames")
 
@@ -39,10 +39,10 @@ def measure_rows(chunk: Chunk) -> list[dict[str, list[Any]]]:
 
 def _found(source: Source, row: int) -> tuple[tuple[Any, ...], Look]:
     found = source.inspect(row)
-    content = found.image.tobytes()
-    pixels = pixels_digest(found.image, content).decode()
+    pixels_HWC = pixels_of(found.image)
     header = (found.format, found.mode, found.width, found.height, found.orientation, found.num_frames)
-    return (found.num_bytes, found.sha256, pixels, *header), look_at(found.image, content)
+    facts = (found.num_bytes, found.sha256, pixels_digest(pixels_HWC).decode(), *header)
+    return facts, look_at(found.image, pixels_HWC)
 
 
 def _spread(values: list[Any], faults: list[str | None]) -> list[Any]:
