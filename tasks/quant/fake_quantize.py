@@ -11,6 +11,8 @@ sample already, and a scale stands for so many values that a part of them tells 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
@@ -135,9 +137,13 @@ class FakeQuantizer(FakeQuantizeBase):  # type: ignore[misc]
 class PerChannelFakeQuantizer(FakeQuantizer):
     """For weights [O, ...]: one symmetric range for each output channel."""
 
+    simulated: Tensor | None = None  # what `simulated_together` has computed already
+
     def _simulate(self, x: Tensor) -> Tensor:
-        simulated: Tensor = SimulatePerChannel.apply(x, self.log_scale, self.quant_min, self.quant_max)
-        return simulated
+        if self.simulated is not None:
+            return self.simulated
+        simulated: tuple[Tensor] = SimulatePerChannel.apply(self.quant_min, self.quant_max, x, self.log_scale)
+        return simulated[0]
 
     @torch.no_grad()
     def choose_weight_range(self, weight: Tensor, spec: QuantSpec) -> None:
@@ -155,6 +161,24 @@ class PerChannelFakeQuantizer(FakeQuantizer):
                 best_O = torch.minimum(error_O, best_O)
             reach_O = chosen_O
         self.set_range(-reach_O, reach_O)
+
+
+@contextmanager
+def simulated_together(weights: Mapping[PerChannelFakeQuantizer, Tensor]) -> Iterator[None]:
+    """In this block the quantizers give what one call has made of all these weights, whatever they are given.
+
+    Weights are small and many: by themselves, to call each operation costs more than the operation.
+    """
+    ((low, high),) = {(quantizer.quant_min, quantizer.quant_max) for quantizer in weights}
+    log_scales = [quantizer.log_scale for quantizer in weights]
+    simulated: tuple[Tensor, ...] = SimulatePerChannel.apply(low, high, *weights.values(), *log_scales)
+    for quantizer, values in zip(weights, simulated, strict=True):
+        quantizer.simulated = values
+    try:
+        yield
+    finally:
+        for quantizer in weights:
+            quantizer.simulated = None
 
 
 class SimulatePerTensor(torch.autograd.Function):
@@ -176,7 +200,7 @@ class SimulatePerTensor(torch.autograd.Function):
         x, y = ctx.saved_tensors
         gradient_x = _within(upstream[0], x, *ctx.ends)
         part = max(1, len(x) // _BATCH_SHARE) if x.dim() == 4 else len(x)  # only of images is the first axis the batch
-        gradient_scale = _dot(upstream[0][:part], y[:part]) - _dot(gradient_x[:part], x[:part])
+        gradient_scale = _dot(upstream[0], y, part) - _dot(gradient_x, x, part)
         gradient_scale *= len(x) / part * _shrink(x.numel(), ctx.high)
         return gradient_x, gradient_scale.reshape(1), None, None, None
 
@@ -204,23 +228,34 @@ class SimulateByKernel(torch.autograd.Function):
 
 
 class SimulatePerChannel(torch.autograd.Function):
+    """Of any number of weights, each [O, ...], and after them as many scales, each [O]."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, log_scale: Tensor, low: int, high: int) -> Tensor:
-        scale = log_scale.exp().reshape(-1, *(1,) * (x.dim() - 1))
-        steps = x * scale.reciprocal()
-        y = steps.round().clamp_(low, high).mul_(scale)
-        ctx.save_for_backward(x, steps, y)
-        ctx.ends = low - 0.5, high + 0.5
-        ctx.shrink = _shrink(x.numel() // x.shape[0], high)
-        return y
+    def forward(ctx: Any, low: int, high: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        weights, log_scales = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+        scales = [
+            scale.reshape(-1, *(1,) * (weight.dim() - 1))
+            for weight, scale in zip(weights, torch._foreach_exp(log_scales), strict=True)
+        ]
+        steps = torch._foreach_mul(weights, torch._foreach_reciprocal(scales))
+        simulated = torch._foreach_round(steps)
+        torch._foreach_clamp_min_(simulated, low)
+        torch._foreach_clamp_max_(simulated, high)
+        torch._foreach_mul_(simulated, scales)
+        ctx.save_for_backward(*weights, *steps, *simulated)
+        ctx.ends, ctx.high = (low - 0.5, high + 0.5), high
+        return tuple(simulated)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, steps, y = ctx.saved_tensors
-        gradient_x = _within(upstream[0], steps, *ctx.ends)
-        products = (upstream[0] * y).addcmul_(gradient_x, x, value=-1)
-        gradient_scale = products.sum(tuple(range(1, x.dim()))).mul_(ctx.shrink)
-        return gradient_x, gradient_scale, None, None
+        count, saved = len(upstream), ctx.saved_tensors
+        weights, steps, simulated = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        gradients = [_within(*both, *ctx.ends) for both in zip(upstream, steps, strict=True)]
+        products = torch._foreach_mul(upstream, simulated)
+        torch._foreach_addcmul_(products, gradients, weights, value=-1)
+        of_scales = [product.sum(tuple(range(1, product.dim()))) for product in products]
+        torch._foreach_mul_(of_scales, [_shrink(weight.numel() // len(weight), ctx.high) for weight in weights])
+        return None, None, *gradients, *of_scales
 
 
 def _shrink(count: int, high: int) -> float:
@@ -234,13 +269,13 @@ def _within(upstream: Tensor, x: Tensor, low: float, high: float) -> Tensor:
     return gradient
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of products, in one pass over memory where both lie in the same order."""
+def _dot(a: Tensor, b: Tensor, part: int) -> Tensor:
+    """Sum of products over the first `part` of the first axis, in one pass where both lie in the same order."""
     layout = _layout(b)
     if a.dtype == b.dtype and a.is_contiguous(memory_format=layout) and b.is_contiguous(memory_format=layout):
-        flat = (a.numel(),), (1,)
+        flat = (part * (a.numel() // len(a)),), (1,)
         return torch.dot(a.as_strided(*flat, a.storage_offset()), b.as_strided(*flat, b.storage_offset()))
-    return (a * b).sum()
+    return (a[:part] * b[:part]).sum()
 
 
 def _layout(x: Tensor) -> torch.memory_format:

@@ -24,7 +24,8 @@ from torch.fx import GraphModule
 from tasks.contracts.errors import QuantizeError
 from tasks.contracts.records import Epoch
 from tasks.contracts.spec import PreprocessSpec, QatSpec
-from tasks.quant.fake_quantize import FakeQuantizer, Mode, PerChannelFakeQuantizer
+from tasks.quant.capture import read_tensor
+from tasks.quant.fake_quantize import FakeQuantizer, Mode, simulated_together
 from tasks.quant.group import Group
 from tasks.quant.simulate import Simulation
 from tasks.stores.workspace import replacing
@@ -117,9 +118,11 @@ class Trainer:
         self._scales: list[Tensor] = [parameter for name, parameter in named if name.endswith("log_scale")]
         self._weights: list[Tensor] = [parameter for name, parameter in named if not name.endswith("log_scale")]
         self._parameters: list[Tensor] = [*self._weights, *self._scales]
+        self._quantized = {
+            layer.weight_quantizer: read_tensor(self._graph, layer.weight) for layer in simulation.layers
+        }
+        weight_scales = {id(quantizer.log_scale) for quantizer in self._quantized}
         owners = [module for module in self._graph.modules() if isinstance(module, FakeQuantizer)]
-        of_weights = [owner for owner in owners if isinstance(owner, PerChannelFakeQuantizer)]
-        weight_scales = {id(owner.log_scale) for owner in of_weights}
         self._activation_scales = [scale for scale in self._scales if id(scale) not in weight_scales]
         limited = [owner for owner in owners if owner.largest_scale < math.inf]
         self._limited: list[Tensor] = [owner.log_scale for owner in limited]
@@ -186,7 +189,8 @@ class Trainer:
         """Learn from one batch at `rate` of the peak rates, and give its loss, which stays on the device."""
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak"] * rate
-        loss = self._loss(self._feed(pixels_NHWC), labels_N, answers_NC)
+        with simulated_together(self._quantized):
+            loss = self._loss(self._feed(pixels_NHWC), labels_N, answers_NC)
         self._optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         self._average_gradients()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from tasks.quant.fake_quantize import (
     PerChannelFakeQuantizer,
     SimulateByKernel,
     SimulatePerTensor,
+    simulated_together,
 )
 from tasks.quant.ranges import SMALLEST_SCALE
 from tasks.quant.schemes import SCHEMES
@@ -154,6 +157,29 @@ def test_gradients_of_weights_are_those_of_the_paper(
 def test_gradients_of_linear_weights() -> None:
     """Two axes, one scale for each row."""
     check_gradients_of_weights(torch.randn(6, 40), torch.randn(6, 40))
+
+
+def test_weights_are_simulated_together_as_they_are_alone() -> None:
+    """Bit for bit, forward and backward; after the block each is by itself again."""
+    shapes = [(6, 4, 3, 3), (16, 1, 5, 5), (10, 40)]
+    found = []
+    for together in (False, True):
+        torch.manual_seed(0)
+        weights = {weight(): (torch.randn(shape) * 2).requires_grad_() for shape in shapes}
+        for quantizer, values in weights.items():
+            reach_O = torch.linspace(0.3, 3.0, len(values))
+            quantizer.set_range(-reach_O, reach_O)
+        unseen = torch.zeros(1)  # in the block, what they are given does not count
+        with simulated_together(weights) if together else nullcontext():
+            results = [quantizer(unseen if together else values) for quantizer, values in weights.items()]
+        torch.autograd.backward(results, [torch.randn(shape) for shape in shapes])
+        leaves = [*weights.values(), *(quantizer.log_scale for quantizer in weights)]
+        found.append([*results, *(leaf.grad for leaf in leaves)])
+        afterwards = [quantizer(values) for quantizer, values in weights.items()]
+        assert all(map(torch.equal, afterwards, results))
+    for alone, joined in zip(*found, strict=True):
+        assert alone is not None
+        assert torch.equal(alone, joined)
 
 
 def test_gradients_of_a_linear_layer_and_of_an_odd_layout() -> None:
