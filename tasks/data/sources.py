@@ -127,17 +127,17 @@ class FileSource(Source):
     origin: str = ""  # where `root` is a copy of, if it is one
 
     def load(self, row: int) -> Image.Image:
-        path = self.root / self.names[row]
-        with self._faults(row), Image.open(path, formats=FORMATS) as image:
-            return _upright(image)
+        with self._faults(row):
+            content = _content(os.path.join(self.root, self.names[row]))  # noqa: PTH118
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                return _upright(image)
 
     def inspect(self, row: int) -> Inspected:
         path = os.path.join(self.root, self.names[row])  # noqa: PTH118 - pathlib takes as long as the system
         with self._faults(row):
             if not self._holds(path):
                 raise ValueError(f"leads out of {self.root}")
-            with open(path, "rb", buffering=0) as file:  # noqa: PTH123
-                content = file.read()
+            content = _content(path)
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 facts = {
                     "format": str(image.format),
@@ -275,6 +275,12 @@ def pixels_digest(pixels_HWC: np.ndarray) -> bytes:
     digest = xxhash.xxh3_128(str(pixels_HWC.shape).encode())
     digest.update(pixels_HWC.data)
     return digest.hexdigest().encode()
+
+
+def _content(path: str) -> bytes:
+    """All that a file holds. A pipe holds nothing, and does not keep us waiting for somebody who writes to it."""
+    with open(path, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+        return file.read() or b""
 
 
 def _upright(image: Image.Image) -> Image.Image:

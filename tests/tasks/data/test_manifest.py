@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from tasks.contracts.errors import RequantError, StoreError
+from tasks.contracts.errors import DataError, RequantError, StoreError
 from tasks.data import manifest
 from tasks.data.manifest import SCHEMA, build_manifest
 from tasks.data.open_source import open_source
@@ -184,18 +184,23 @@ def test_a_decompression_bomb_is_a_fault(write_folder: Callable[..., Path], tmp_
 
 
 def test_an_unreadable_file_is_a_fault(write_folder: Callable[..., Path], tmp_path: Path) -> None:
-    """One that vanished since it was listed, one that is a folder, and, unless we are root, one without rights."""
-    folder = write_folder({"cat": 4, "dog": 1})
+    """One that vanished since it was listed, a folder, a pipe without writer; but for root, one without rights."""
+    folder = write_folder({"cat": 5, "dog": 1})
     source = open_source(str(folder))
     (folder / "cat/000.png").unlink()
     (folder / "cat/001.png").unlink()
     (folder / "cat/001.png").mkdir()
     (folder / "cat/002.png").chmod(0)
+    (folder / "cat/003.png").unlink()
+    os.mkfifo(folder / "cat/003.png")
     frame = build_manifest(source, tmp_path / "scratch").set_index("path")
     assert frame.loc["cat/000.png", "fault"] == "No such file or directory"
     assert frame.loc["cat/001.png", "fault"] == "Is a directory"
     assert frame.loc["cat/002.png", "fault"] == "Permission denied" or os.geteuid() == 0
+    assert frame.loc["cat/003.png", "fault"] == "is empty"
     assert frame["fault"].isna().sum() == (3 if os.geteuid() == 0 else 2)
+    with pytest.raises(DataError, match=r"cat/003\.png: is empty"):
+        source.load(3)
 
 
 def test_images_in_memory_have_a_manifest_too(tmp_path: Path) -> None:
