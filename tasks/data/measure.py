@@ -89,7 +89,8 @@ def perceptual_hashes(copies_NHW: np.ndarray) -> np.ndarray:
 def _small(image: Image.Image) -> Image.Image:
     """A copy, SMALL x SMALL where the image is large: each pixel is the mean of what is looked at in its square.
 
-    To average all takes twice the time, and moves the statistics by a hundredth of what lies between two photographs.
+    To average all takes about twice the time, and moves the statistics by a hundredth of what lies between two
+    photographs.
     """
     across, down = (1 if side < 2 * SMALL else GRID for side in image.size)
     if across == down == 1:
