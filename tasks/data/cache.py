@@ -30,7 +30,6 @@ from tasks.data.sources import Source, pixels_digest, pixels_of, some
 Progress = Callable[[int, int], None]
 
 DIGEST = np.dtype("S32")
-_VERSION = 2  # of `pixels_digest`: what holds another is not used
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +66,9 @@ def decode_images(
         StoreError: if `scratch` cannot be written.
     """
     geometry = geometry_of(preprocess)
-    key = hashlib.sha256(json.dumps([source.fingerprint(), geometry, PIL.__version__, _VERSION]).encode()).hexdigest()
+    key = hashlib.sha256(
+        json.dumps([source.fingerprint(), geometry, PIL.__version__, str(DIGEST)]).encode()
+    ).hexdigest()
     final = scratch / "images" / key
     if not final.is_dir():
         with disk_errors(final.parent):
