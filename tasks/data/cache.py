@@ -25,7 +25,7 @@ from tasks.contracts.errors import DataError, StoreError
 from tasks.contracts.spec import PreprocessSpec
 from tasks.data.parallel import in_parallel
 from tasks.data.preprocess import fit_image, num_channels, to_channels
-from tasks.data.sources import Source, pixels_digest, pixels_of, some
+from tasks.data.sources import Source, pixels_digest, some
 
 Progress = Callable[[int, int], None]
 
@@ -157,7 +157,8 @@ def _decode_one(source: Source, preprocess: PreprocessSpec, row: int) -> _Decode
     except DataError as error:
         return error
     try:
-        return _Decoded(name, fit_image(image, preprocess), pixels_digest(pixels_of(image)))
+        digest = pixels_digest(np.atleast_3d(np.asarray(image)))  # splits are drawn by it: another would move them all
+        return _Decoded(name, fit_image(image, preprocess), digest)
     except DataError as error:
         return DataError(f"{name}: {error.problem}", remedy=error.remedy)
 

@@ -19,7 +19,7 @@ SMALL = 32  # side of the copy that all else is measured on; an image's own side
 GRID = 5  # as many pixels of a row are looked at to average over a square
 THUMBNAIL = 16  # side of the grey copy that tells near duplicates from what merely hashes alike
 _LUMA = np.array([0.299, 0.587, 0.114])
-_LUMA_16 = np.array([19595, 38470, 7471], np.float32)  # the same in Pillow's fixed point
+_LUMA_16 = np.array([19595, 38470, 7471, 0], np.float32)  # the same in Pillow's fixed point, of RGB and RGBX
 # The first frequencies of the DCT-II, [K, N]: eight of SMALL, up to a factor.
 _COSINES = np.cos(np.pi / SMALL * np.outer(np.arange(8), np.arange(SMALL) + 0.5)).astype(np.float32)
 
@@ -126,9 +126,10 @@ def _properties(small_NHWC: np.ndarray, near_NHWC: np.ndarray) -> dict[str, np.n
 
 def _grey(pixels_NHWC: np.ndarray) -> np.ndarray:
     """Luma, uint8, as Pillow rounds it."""
-    if pixels_NHWC.shape[3] == 1:
+    channels = pixels_NHWC.shape[3]
+    if channels == 1:
         return pixels_NHWC[..., 0]
-    luma_NHW = pixels_NHWC.astype(np.float32) @ _LUMA_16  # whole numbers below 2**24: exact
+    luma_NHW = pixels_NHWC.astype(np.float32) @ _LUMA_16[:channels]  # whole numbers below 2**24: exact
     return ((luma_NHW + 0x8000) / 0x10000).astype(np.uint8)
 
 

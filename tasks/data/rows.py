@@ -8,7 +8,7 @@ import numpy as np
 
 from tasks.contracts.errors import DataError
 from tasks.data.measure import Look, look_at, measure
-from tasks.data.sources import Source, pixels_digest, pixels_of
+from tasks.data.sources import Source, memory_of, pixels_digest
 
 _FACTS = ("bytes", "sha256", "pixels", "format", "mode", "width", "height", "orientation", "num_frames")
 
@@ -39,7 +39,7 @@ def measure_rows(chunk: Chunk) -> list[dict[str, list[Any]]]:
 
 def _found(source: Source, row: int) -> tuple[tuple[Any, ...], Look]:
     found = source.inspect(row)
-    pixels_HWC = pixels_of(found.image)
+    pixels_HWC = memory_of(found.image)
     header = (found.format, found.mode, found.width, found.height, found.orientation, found.num_frames)
     facts = (found.num_bytes, found.sha256, pixels_digest(pixels_HWC).decode(), *header)
     return facts, look_at(found.image, pixels_HWC)

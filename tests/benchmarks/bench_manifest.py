@@ -35,7 +35,7 @@ from tasks.data.measure import THUMBNAIL, look_at, measure
 from tasks.data.near import near_pairs
 from tasks.data.open_source import open_source
 from tasks.data.parallel import CHUNK
-from tasks.data.sources import FORMATS, FileSource, pixels_of
+from tasks.data.sources import FORMATS, FileSource, memory_of
 from tasks.scoring.memory_probe import peak_kib
 
 COPIED = 500  # images
@@ -115,7 +115,7 @@ def print_copies(source: FileSource) -> None:
         return Image.open(buffer)
 
     def columns(images: list[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
-        found = measure([look_at(image, pixels_of(image)) for image in images])
+        found = measure([look_at(image, memory_of(image)) for image in images])
         looks_NB = np.frombuffer(b"".join(found["thumbnail"]), np.uint8).reshape(len(images), -1)
         return np.array(found["phash"], np.uint64), looks_NB
 

@@ -260,6 +260,21 @@ def test_images_in_memory_are_decoded_too(tmp_path: Path) -> None:
     assert len(np.unique(images.digests)) == 1797
 
 
+@pytest.mark.parametrize(
+    ("channels", "digest"), [(1, b"9c09ab74a01c93832280c1d248f752ed"), (3, b"df625399d9d43f27cd65d1434ff5ad1c")]
+)
+def test_digests_are_a_format(channels: int, digest: bytes, tmp_path: Path) -> None:
+    """Splits are drawn by them: with others every user's images would change places between two versions."""
+    pixels_HWC = np.arange(6 * channels, dtype=np.uint8).reshape(2, 3, channels)
+    image = Image.fromarray(pixels_HWC.squeeze())
+    for name in "ab":
+        (tmp_path / "images" / name).mkdir(parents=True)
+        image.save(tmp_path / "images" / name / "one.png")
+    preprocess = PreprocessSpec(mean=(0.0,) * channels, std=(1.0,) * channels)
+    images = decode_images(open_source(str(tmp_path / "images")), preprocess, tmp_path / "scratch")
+    assert images.digests.tolist() == [digest, digest]
+
+
 def test_colour_and_grey_files_of_one_image_are_the_same(
     write_folder: Callable[..., Path], photo: Callable[..., Image.Image], tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ from tasks.contracts.errors import DataError, RequantError, StoreError
 from tasks.data import manifest
 from tasks.data.manifest import SCHEMA, build_manifest
 from tasks.data.open_source import open_source
-from tasks.data.sources import FileSource, Inspected, pixels_digest, pixels_of
+from tasks.data.sources import FileSource, Inspected, memory_of, pixels_digest
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_a_row_tells_all_of_an_image(write_folder: Callable[..., Path], tmp_path
     assert frame["fault"].isna().all()
     first, content = frame.iloc[0], (folder / source.names[0]).read_bytes()
     assert (first["bytes"], first["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
-    assert first["pixels"] == pixels_digest(pixels_of(source.load(0))).decode()
+    assert first["pixels"] == pixels_digest(memory_of(source.load(0))).decode()
     assert (first["format"], first["mode"], first["width"], first["height"]) == ("PNG", "RGB", 48, 40)
     assert (first["orientation"], first["num_frames"]) == (1, 1)
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter
 from sklearn.datasets import load_sample_images
 
 from tasks.data.measure import THUMBNAIL, look_at, measure
-from tasks.data.sources import pixels_of
+from tasks.data.sources import memory_of
 
 PHOTOS = [Image.fromarray(pixels) for pixels in load_sample_images().images]
 
@@ -19,7 +19,7 @@ def hamming(a: int, b: int) -> int:
 
 
 def measure_image(image: Image.Image) -> dict[str, Any]:
-    return {name: value for name, (value,) in measure([look_at(image, pixels_of(image))]).items()}
+    return {name: value for name, (value,) in measure([look_at(image, memory_of(image))]).items()}
 
 
 def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -106,7 +106,7 @@ def test_images_are_measured_alike_alone_and_together() -> None:
         noise(1, 3),
         PHOTOS[1].rotate(90, expand=True),
     ]
-    together = measure([look_at(image, pixels_of(image)) for image in images])
+    together = measure([look_at(image, memory_of(image)) for image in images])
     for row, image in enumerate(images):
         found = {name: values[row] for name, values in together.items()}
         alone = measure_image(image)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from tasks.contracts.errors import DataError, RequantError, SpecError
 from tasks.data.open_source import open_source
+from tasks.data.sources import memory_of
 
 
 def test_folder_gives_sorted_classes_and_files(write_folder: Callable[..., Path]) -> None:
@@ -52,6 +53,31 @@ def test_images_load_as_colour_or_grey(
     folder = write_folder({"a": 0, "b": 1})
     photo(0, mode=mode).save(folder / "a" / "photo.tif")
     assert open_source(str(folder)).load(0).mode == decoded
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB"])
+def test_memory_holds_what_is_seen_and_no_more(
+    write_folder: Callable[..., Path], photo: Callable[..., Image.Image], mode: str
+) -> None:
+    """Whatever an image was converted from, the byte that no one sees is 255: else a digest would tell twins apart."""
+    folder = write_folder({"a": 0, "b": 1})
+    photo(0, mode=mode).save(folder / "a" / "photo.tif")
+    image = open_source(str(folder)).load(0)
+    seen = np.asarray(image)
+    expected = seen[..., None] if image.mode == "L" else np.dstack([seen, np.full(seen.shape[:2], 255, np.uint8)])
+    np.testing.assert_array_equal(memory_of(image), expected)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_memory_of_a_large_image_is_that_of_its_pieces(mode: str) -> None:
+    """Pillow keeps an image of more than 16 MiB in several."""
+    noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    image = Image.fromarray(noise).convert(mode).resize((4000, 5000), Image.Resampling.NEAREST)
+    with pytest.raises(ValueError, match="not contiguous"):
+        pa.array(image)
+    pixels_HWC = memory_of(image)
+    np.testing.assert_array_equal(pixels_HWC[..., : len(mode)], np.asarray(image).reshape(5000, 4000, -1))
+    assert mode == "L" or (pixels_HWC[..., 3] == 255).all()
 
 
 def test_sixteen_bits_are_refused_rather_than_clipped(write_folder: Callable[..., Path]) -> None:
