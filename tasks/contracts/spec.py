@@ -203,7 +203,6 @@ class QatSpec(Section):
     gradient_clip: float = Field(1.0, gt=0, description="Largest global norm of the gradient.")
     mirror: bool = Field(True, description="Train on mirrored images too; not for text or digits.")
     views: Count = Field(4, description="Ways to look at each image; the float model answers each once, beforehand.")
-    consensus: float = Field(0.5, ge=0, le=1, description="How far a view's answer leans to the mean over all views.")
     shift: int = Field(
         4, ge=0, le=256, description="Train on images moved by up to so many pixels; their edges repeat."
     )

@@ -329,9 +329,7 @@ def answers(
 ) -> np.ndarray:
     """The teacher's logits for each view of each image, float16 [V, N, C], on disk.
 
-    Computed once, so that distillation costs a training step nothing. An answer leans to the mean over the views of its
-    image: together they know more than the float model does alone, and the student learns to give all of them one
-    answer.
+    Computed once, so that distillation costs a training step nothing.
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -342,7 +340,7 @@ def answers(
         for pixels_NHWC, labels_N in images.batches_uint8(spec.batch_size):
             part = slice(start, start + len(labels_N))
             logits_VNC = torch.stack([teacher(feed(views[part].of(pixels_NHWC))) for views in all_views])
-            parts.append(logits_VNC.lerp(logits_VNC.mean(0), spec.consensus).half().cpu().numpy())
+            parts.append(logits_VNC.half().cpu().numpy())
             start += len(labels_N)
         with replacing(path) as unfinished, unfinished.open("wb") as file:
             np.save(file, np.concatenate(parts, axis=1), allow_pickle=False)

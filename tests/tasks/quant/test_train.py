@@ -242,30 +242,16 @@ def test_fewer_images_than_a_batch_are_refused(tmp_path: Path) -> None:
 
 def test_answers_are_the_teachers_for_each_view(tmp_path: Path) -> None:
     """In half precision: the image as it is, its mirror, and so on, as the student will see them."""
-    own = SPEC.model_copy(update={"consensus": 0.0})
-    answers_VNC = answers(teacher(), SELECTION, Feed(PREPROCESS, CPU), own, tmp_path / "own.npy", num_views=3)
+    answers_VNC = answers(teacher(), SELECTION, Feed(PREPROCESS, CPU), SPEC, tmp_path / "own.npy", num_views=3)
     assert answers_VNC.dtype == np.float16
     for number, answers_NC in enumerate(answers_VNC):
-        seen_NHWC = Views.make(number, len(SELECTION), own).of(SELECTION.pixels(slice(None)))
+        seen_NHWC = Views.make(number, len(SELECTION), SPEC).of(SELECTION.pixels(slice(None)))
         np.testing.assert_allclose(answers_NC, logits(teacher(), replaced(seen_NHWC)), rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(answers_VNC[0], logits(teacher(), SELECTION), rtol=1e-3, atol=1e-3)
 
 
 def replaced(pixels_NHWC: np.ndarray) -> ImageSet:
     return dataclasses.replace(SELECTION, pixels_NHWC=pixels_NHWC)
-
-
-def test_mirrored_answers_lean_to_the_mean_of_both_sides(tmp_path: Path) -> None:
-    """All the way at consensus 1, half of it at 0.5."""
-    mirrored_NHWC = SELECTION.pixels(slice(None))[:, :, ::-1]
-    sides_VNC = torch.stack([logits(teacher(), SELECTION), logits(teacher(), replaced(mirrored_NHWC))])
-    assert float((sides_VNC[0] - sides_VNC[1]).abs().max()) > 0.02
-    for consensus in (1.0, 0.5):
-        spec = SPEC.model_copy(update={"shift": 0, "consensus": consensus})
-        path = tmp_path / f"{consensus}.npy"
-        found_VNC = answers(teacher(), SELECTION, Feed(PREPROCESS, CPU), spec, path, num_views=2)
-        expected_VNC = consensus * sides_VNC.mean(0) + (1 - consensus) * sides_VNC
-        np.testing.assert_allclose(found_VNC, expected_VNC, rtol=1e-3, atol=3e-4)
 
 
 def test_teacher_is_asked_once(tmp_path: Path) -> None:
@@ -358,7 +344,8 @@ def test_two_processes_train_what_one_would(tmp_path: Path) -> None:
         found = torch.load(tmp_path / "two" / f"{rank}.pt", weights_only=True)
         for name, tensor in alone.items():
             torch.testing.assert_close(found["state"][name], tensor, rtol=1e-4, atol=1e-5)
-        assert found["losses"] == pytest.approx([epoch.selection_loss for epoch in history], rel=1e-4)
+        losses = [epoch.selection_loss for epoch in history]  # 3e-4, of logits near 1: float32 resolves 1e-7 of them
+        assert found["losses"] == pytest.approx(losses, rel=1e-4, abs=1e-7)
     assert not torch.equal(*(tensor_of(state_of(simulation)) for simulation in (one, badly_calibrated())))
 
 
