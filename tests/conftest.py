@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
 from uuid import uuid4
@@ -9,6 +10,11 @@ import pytest
 
 from tests.tasks.stores.s3_server import BUCKET, NoServerError, S3Server
 from tests.tasks.stores.s3_server import s3_server as start_s3_server
+
+
+def pytest_configure() -> None:
+    """What tests start can be interrupted, also where a shell runs them in its background, which ignores SIGINT."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
