@@ -209,13 +209,15 @@ class Trainer:
             gradients = [scale.grad for scale in self._activation_scales if scale.grad is not None]
             torch._foreach_mul_(gradients, self._group.size**-0.5)
 
-    def _loss(self, images_NCHW: Tensor, labels_N: np.ndarray, answers_NC: np.ndarray) -> Tensor:
+    def _loss(
+        self, images_NCHW: Tensor, labels_N: np.ndarray, answers_NC: np.ndarray, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         device = images_NCHW.device
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits_NC = self._graph(images_NCHW)
         return distillation_loss(
-            logits_NC.float(),
-            torch.from_numpy(np.array(answers_NC)).to(device).float(),
+            logits_NC.to(dtype),
+            torch.from_numpy(np.array(answers_NC)).to(device, dtype),
             torch.from_numpy(labels_N).to(device),
             self._spec,
         )
@@ -228,7 +230,8 @@ class Trainer:
         for pixels_NHWC, labels_N in self._selection.batches_uint8(self._spec.batch_size, order=mine):
             answers_NC = self._selection_answers_VNC[0, mine[start : start + len(labels_N)]]
             images_NCHW = self._feed(pixels_NHWC)
-            loss += float(self._loss(images_NCHW, labels_N, answers_NC)) * len(labels_N)
+            # Near the teacher the loss is a small difference of large numbers: float32 has few digits of it.
+            loss += float(self._loss(images_NCHW, labels_N, answers_NC, torch.float64)) * len(labels_N)
             right += int((self._graph(images_NCHW).argmax(1).cpu().numpy() == labels_N).sum())
             start += len(labels_N)
         loss, top1 = self._group.total([loss, 100.0 * right], self._feed.device)

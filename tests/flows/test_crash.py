@@ -136,11 +136,12 @@ def test_a_run_whose_worker_died_too_is_found_by_its_heartbeat(
         automation = client.create_automation(silence)
     try:
         run = installed.run({**plain, "quant": QAT}, after_first.path, after_first.environment)
-        wait_for(lambda: heartbeats(installed, run), "a heartbeat")
+        wait_for(lambda: any(trained(after_first)), "an epoch")  # long after the first heartbeat was sent
         installed.stop("worker", signal.SIGKILL)
         for pid in processes_of(run):
             os.kill(pid, signal.SIGKILL)
         assert installed.read(run)["state_type"] == "RUNNING"
+        wait_for(lambda: heartbeats(installed, run), "a heartbeat")  # which the server writes down in batches
         assert installed.wait(run, "CRASHED")["state"]["message"] == "No heartbeat for 90 s: the process is gone."
     finally:
         installed.call("DELETE", f"/automations/{automation}")

@@ -12,7 +12,8 @@ import pytest
 from onnxruntime.capi import onnxruntime_pybind11_state
 
 from tasks.contracts.errors import EngineError
-from tasks.engines.onnxruntime import CUDA, TENSORRT, VENDOR_ERRORS, OnnxRuntimeEngine, engine_errors
+from tasks.engines import hardware
+from tasks.engines.onnxruntime import CUDA, TENSORRT, VENDOR_ERRORS, OnnxRuntimeEngine, cpu_config, engine_errors
 
 
 @pytest.fixture
@@ -79,6 +80,38 @@ def test_the_session_has_the_options_that_are_recorded(gather: Path) -> None:
         assert engine.options["graph_optimization_level"] == "ORT_DISABLE_ALL"
         for key in ("session.intra_op.allow_spinning", "session.x64quantprecision"):
             assert session.get_session_config_entry(key) == engine.options[key]
+
+
+def test_the_largest_products_do_not_saturate(tmp_path: Path) -> None:
+    """64 products of 255 and 127 are 200 steps of the output on every CPU; in 16 bits they would be 101."""
+    step = 64 * 255 * 127 / 200
+    text = f"""
+    <ir_version: 10, opset_import: ["": 21]>
+    convolve (uint8[N, 64, 8, 8] image) => (uint8[N, 32, 8, 8] sums)
+    <float one = {{1}}, float step = {{{step}}}, uint8 zero = {{0}}, int8 none = {{0}}>
+    {{
+      value = DequantizeLinear(image, one, zero)
+      weight = DequantizeLinear(stored, one, none)
+      sum = Conv(value, weight)
+      sums = QuantizeLinear(sum, step, zero)
+    }}
+    """
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.full((32, 64, 1, 1), 127, np.int8), "stored"))
+    onnx.save(model, tmp_path / "convolve.onnx")
+    with OnnxRuntimeEngine(tmp_path / "convolve.onnx", threads=1) as engine:
+        (sums_NCHW,) = engine.run({"image": np.full((1, 64, 8, 8), 255, np.uint8)}).values()
+    assert (sums_NCHW == 200).all()
+
+
+@pytest.mark.parametrize(("flags", "precision"), [("avx2", "1"), ("avx2 avx512_vnni", "0"), ("avx_vnni amx_int8", "0")])
+def test_exact_kernels_are_asked_for_where_others_saturate(
+    flags: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nowhere else, as they take three times as long on a CPU with AMX."""
+    (tmp_path / "cpuinfo").write_text(f"flags\t\t: {flags}\n")
+    monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")
+    assert cpu_config()["session.x64quantprecision"] == precision
 
 
 def test_an_unknown_element_type_is_named(tmp_path: Path) -> None:
