@@ -112,9 +112,9 @@ class OnnxRuntimeEngine(Engine):
 def cpu_config() -> dict[str, str]:
     """Entries of a session's configuration on the CPU at hand.
 
-    Without VNNI, products of uint8 and int8 saturate in 16 bits unless `x64quantprecision` takes a slower, exact kernel.
-    With VNNI all kernels are exact; but ONNX Runtime (1.31) takes a CPU that has AMX besides for one that saturates, and
-    would run ResNet50 there at a third of its speed.
+    Without VNNI, products of uint8 and int8 saturate in 16 bits unless `x64quantprecision` takes a slower, exact
+    kernel. With VNNI all kernels are exact; but ONNX Runtime 1.31 takes a CPU that has AMX besides for one that
+    saturates, and would run ResNet50 there at a third of its speed.
     """
     return {
         "session.intra_op.allow_spinning": "1",  # the default: threads wait busily, quick but not idle

@@ -22,6 +22,7 @@ from tasks.contracts.errors import ExportError
 OPSET = 20
 INPUT, OUTPUT = "input", "logits"
 _WEIGHTED = ("Conv", "Gemm")
+_WHOLE = 1e-3  # how far a number of steps may be from a whole one
 
 
 def export_onnx(graph: GraphModule, example_NCHW: Tensor, path: Path, *, integer_bias: bool) -> ExportedProgram:
@@ -60,6 +61,7 @@ def export_onnx(graph: GraphModule, example_NCHW: Tensor, path: Path, *, integer
     assert exported is not None
     model = exported.model
     _global_pooling(model)
+    _integer_hard_swish(model)
     if integer_bias:
         _integer_biases(model)
     _own_weights(model)
@@ -90,6 +92,41 @@ def _global_pooling(model: ir.Model) -> None:
             node.op_type = "GlobalAveragePool"
             node.resize_inputs(1)
             node.attributes.clear()
+
+
+def _integer_hard_swish(model: ir.Model) -> None:
+    """Write x * clip(x / 6 + 1/2, 0, 1) between UINT8 tensors so that nothing but its product is computed.
+
+    With x = s (q - z) and n = 3 / s a whole number, the second factor is s/6 (clip(q, z - n, z + n) - (z - n)): the
+    same integers, clipped and read at another scale. ONNX Runtime clips integers and multiplies them; hard-swish
+    itself it computes in float, by four passes over memory.
+    """
+    for node in list(model.graph):
+        if node.op_type != "HardSwish" or any(use.node.op_type != "QuantizeLinear" for use in node.outputs[0].uses()):
+            continue
+        dequantize = _dequantize_before(node.inputs[0])
+        if dequantize is None or len(dequantize.inputs) < 3:
+            continue
+        scale, zero_point = (_array(value) for value in dequantize.inputs[1:3])
+        if scale is None or zero_point is None or zero_point.dtype != np.uint8:
+            continue
+        three, zero = 3 / float(scale), int(zero_point)
+        steps = round(three)
+        if abs(three - steps) > _WHOLE or steps > zero:
+            continue
+        name = str(node.outputs[0].name)
+        constants: dict[str, np.ndarray] = {
+            f"{name}_low": np.array(zero - steps, np.uint8),
+            f"{name}_high": np.array(min(zero + steps, 255), np.uint8),
+            f"{name}_sixth": np.array(scale / 6, np.float32),
+        }
+        low, high, sixth = (_initializer(model, key, array) for key, array in constants.items())
+        clip = ir.node("Clip", [dequantize.inputs[0], low, high], name=f"{name}_clip")
+        gate = ir.node("DequantizeLinear", [clip.outputs[0], sixth, low], name=f"{name}_gate")
+        model.graph.insert_before(node, [clip, gate])
+        node.op_type = "Mul"
+        node.resize_inputs(2)
+        node.replace_input_with(1, gate.outputs[0])
 
 
 def _integer_biases(model: ir.Model) -> None:

@@ -130,15 +130,19 @@ def channel_axis(layer: NodeProto, tensor: str) -> int | None:
     return 0 if layer.op_type == "Gemm" and attribute(layer, "transB") else 1
 
 
-def loose_integers(graph: Graph) -> Iterator[Problem]:
+def loose_integers(graph: Graph, *, computing: tuple[str, ...] = ()) -> Iterator[Problem]:
+    """`computing`: operators that may stand between QuantizeLinear and DequantizeLinear, one at a time."""
     for node in graph.of_type(QUANTIZE):
         if node.output[0] in graph.outputs:
             yield name_of(node), "an integer tensor that leaves the graph"
         for reader in graph.readers(node):
-            if reader.op_type != DEQUANTIZE:
-                yield name_of(node), f"an integer tensor that {reader.op_type} {name_of(reader)} reads"
+            for last in graph.readers(reader) if reader.op_type in computing else [reader]:
+                if last.op_type != DEQUANTIZE:
+                    yield name_of(node), f"an integer tensor that {last.op_type} {name_of(last)} reads"
     for node in graph.of_type(DEQUANTIZE):
         producer = graph.producers.get(node.input[0])
+        if producer is not None and producer.op_type in computing:
+            producer = graph.producers.get(producer.input[0])
         if node.input[0] not in graph.constants and (producer is None or producer.op_type != QUANTIZE):
             source = f"input {node.input[0]}" if producer is None else f"{producer.op_type} {name_of(producer)}"
             yield name_of(node), f"integers from {source}"
@@ -222,7 +226,6 @@ COMMON = (
     Rule("L02", "error", foreign_operators, "Export with plain operators of the default domain and Q/DQ."),
     Rule("L04", "error", scales, "Calibrate again; a scale is a constant, finite and above 0."),
     Rule("L05", "error", axes, "Give one scale per tensor; per channel only for weights, on the output channels."),
-    Rule("L07", "error", loose_integers, "Put a DequantizeLinear directly behind each QuantizeLinear."),
     Rule("L07", "error", unequal_pairs, "Dequantize with the scale and zero point that quantized."),
     Rule("L08", "error", float_inputs, "Quantize the layer's input too, or keep the layer float."),
     Rule("L10", "error", hidden_weights, "Store the weight as the layer reads it, behind a DequantizeLinear only."),

@@ -18,6 +18,7 @@ from tasks.graph.rules import (
     float_copies,
     foreign_opset,
     leftovers,
+    loose_integers,
     unused,
     zero_points,
 )
@@ -80,6 +81,12 @@ def _float_outputs(graph: Graph) -> Iterator[Problem]:
 ONNXRUNTIME = (
     Rule("L01", "error", foreign_opset, f"Export with opset {OPSETS[0]} to {OPSETS[-1]}."),
     *COMMON,
+    Rule(
+        "L07",
+        "error",
+        partial(loose_integers, computing=("Clip",)),
+        "Put a DequantizeLinear behind each QuantizeLinear, with at most a Clip of the integers between.",
+    ),
     Rule("L11", "error", batch_norm, "Fold batch norm into the convolution before quantizing."),
     Rule("L24", "error", partial(unused, is_large=True), "Remove the constant; it would be shipped for nothing."),
     Rule("L24", "warning", partial(unused, is_large=False), "Remove the constant."),

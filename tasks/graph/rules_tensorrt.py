@@ -26,6 +26,7 @@ from tasks.graph.rules import (
     float_copies,
     kind_of,
     leftovers,
+    loose_integers,
     same,
     unused,
     zero_points,
@@ -455,6 +456,7 @@ TENSORRT = (
     ),
     Rule("L01", "warning", _new_opset, f"Export with opset {OPSETS[-1]}, which every TensorRT 10 reads."),
     *COMMON,
+    Rule("L07", "error", loose_integers, "Put a DequantizeLinear directly behind each QuantizeLinear."),
     Rule(
         "L03",
         "error",

@@ -69,13 +69,32 @@ class FakeQuantizer(FakeQuantizeBase):  # type: ignore[misc]
         self.zero_point: Tensor
         self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
         self.largest_scale: float = float("inf")  # that training may reach
+        self.bounds: tuple[float, float] = (float("-inf"), float("inf"))  # all who read the tensor see none beyond them
         self.low: float = float("inf")
         self.high: float = float("-inf")
         self.histogram_B: Tensor | None = None
 
     @property
     def scale(self) -> Tensor:
-        return self.log_scale.exp()
+        return self.parameters_used()[0].exp()
+
+    @property
+    def is_floored(self) -> bool:
+        """Whether the range may end where a lower bound lies, which then is a whole number of steps."""
+        return not self.grid.symmetric and self.bounds[0] > float("-inf") and self.bounds[1] == float("inf")
+
+    def parameters_used(self) -> tuple[Tensor, Tensor]:
+        """Logarithm of the scale, and zero point, each [1] or, per channel, [channels].
+
+        Above a lower bound the scale divides it, and no step lies below it, also while the scale learns: `zero_point`
+        is then only the most that there may be below zero.
+        """
+        if not self.is_floored:
+            return self.log_scale, self.zero_point
+        learned = self.log_scale.detach()
+        steps = (-self.bounds[0] / learned.exp()).round().clamp(min=1)
+        log_scale = self.log_scale + ((-self.bounds[0] / steps).log() - learned)  # learns as if it were not rounded
+        return log_scale, torch.minimum(steps, self.zero_point).to(torch.int32)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.mode is Mode.SIMULATE:
@@ -86,12 +105,15 @@ class FakeQuantizer(FakeQuantizeBase):  # type: ignore[misc]
 
     def _simulate(self, x: Tensor) -> Tensor:
         # The image's own scale does not learn: it would cost the first convolution the gradient of its input.
-        log_scale = self.log_scale if x.requires_grad else self.log_scale.detach()
-        function = SimulatePerTensor if x.is_cpu else SimulateByKernel
-        simulated: Tensor = function.apply(x, log_scale, self.zero_point, self.quant_min, self.quant_max)
-        return simulated
+        log_scale, zero_point = self.parameters_used()
+        log_scale = log_scale if x.requires_grad else log_scale.detach()
+        if x.is_cpu:
+            return SimulatePerTensor.apply(x, log_scale, zero_point, self.quant_min, self.quant_max)  # type: ignore[no-any-return]
+        ends = self.quant_min, self.quant_max
+        return SimulateByKernel.apply(x, log_scale, zero_point, *ends, self.is_floored)  # type: ignore[no-any-return]
 
     def _observe(self, x: Tensor) -> None:
+        x = x.clamp(*self.bounds)
         if self.mode is Mode.OBSERVE_ENDS:
             low, high = torch.aminmax(x)
             self.low = float(np.minimum(self.low, float(low)))  # keeps a NaN; Python's min does not
@@ -120,18 +142,24 @@ class FakeQuantizer(FakeQuantizeBase):  # type: ignore[misc]
     @torch.no_grad()
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Cover low..high, each [1] or, per channel, [channels]."""
+        reaches_floor = self.is_floored and self.low <= self.bounds[0]
+        low = torch.full_like(low, self.bounds[0]) if reaches_floor else low
         scale, zero_point = scale_and_zero_point(low, high, self.grid)
+        if reaches_floor:
+            zero_point = torch.full_like(zero_point, self.quant_max)
         self.log_scale = nn.Parameter(scale.log().to(self.log_scale.device))
         self.zero_point = zero_point.to(self.zero_point.device)
 
     def covered(self) -> tuple[float, float]:
         """The range that the present scale and zero point cover."""
-        scale, zero_point = float(self.scale.detach()), int(self.zero_point)
+        log_scale, below_zero = self.parameters_used()
+        scale, zero_point = float(log_scale.detach().exp()), int(below_zero)
         return (self.quant_min - zero_point) * scale, (self.quant_max - zero_point) * scale
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point as PT2E writes them into the converted graph."""
-        return self.scale.detach().clamp(min=SMALLEST_SCALE), self.zero_point
+        log_scale, zero_point = self.parameters_used()
+        return log_scale.detach().exp().clamp(min=SMALLEST_SCALE), zero_point
 
 
 class PerChannelFakeQuantizer(FakeQuantizer):
@@ -209,12 +237,14 @@ class SimulateByKernel(torch.autograd.Function):
     """The same by ATen's kernel, which is one pass on CUDA and asks the device for nothing."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, log_scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, log_scale: Tensor, zero_point: Tensor, low: int, high: int, is_floored: bool = False
+    ) -> Tensor:
         enabled = torch.ones(1, dtype=torch.long, device=x.device)
         y, inside = torch.ops.aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams(
             x, log_scale.exp(), zero_point, enabled, low, high
         )
-        ctx.shrink = _shrink(x.numel(), high)
+        ctx.shrink, ctx.is_floored = _shrink(x.numel(), high), is_floored
         ctx.save_for_backward(x, y, inside)
         return y  # type: ignore[no-any-return]
 
@@ -222,9 +252,11 @@ class SimulateByKernel(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, y, inside = ctx.saved_tensors
         # The two sums nearly cancel: in bfloat16 they are taken together, and y - x is exact.
-        products = upstream[0] * torch.where(inside, y - x, y)
+        # A floor does not move with the scale; in float32 its readers' slope is zero there anyhow.
+        moved = y.clamp(min=0) if ctx.is_floored else y
+        products = upstream[0] * torch.where(inside, y - x, moved)
         gradient_scale = products.sum(dtype=torch.float32) * ctx.shrink
-        return upstream[0] * inside, gradient_scale.reshape(1), None, None, None
+        return upstream[0] * inside, gradient_scale.reshape(1), None, None, None, None
 
 
 class SimulatePerChannel(torch.autograd.Function):

@@ -22,6 +22,9 @@ from tasks.quant.fake_quantize import FakeQuantizer, Mode, PerChannelFakeQuantiz
 from tasks.quant.schemes import MOVING, Scheme, SchemeQuantizer
 
 LARGEST_INT32 = 2**31 - 1
+# Where a reader answers nothing new: hard-swish gives zero below -3 (just below, its slope is zero too), a hard-sigmoid
+# zero and one.
+_BOUNDS = {aten.hardswish.default: (-3.0 * (1 + 2**-19), math.inf), aten.hardsigmoid.default: (-3.0, 3.0)}
 _SET_BY_CALIBRATION = ("log_scale", "zero_point")  # one value, and then one for each channel
 
 
@@ -101,6 +104,7 @@ def simulate(folded: GraphModule, scheme: Scheme, keep_float: frozenset[str]) ->
     """
     graph = prepare_pt2e(copy.deepcopy(folded), SchemeQuantizer(scheme, keep_float))
     _limit_scales(graph)
+    _limit_ranges(graph)
     layers = tuple(_simulated_layers(graph))
     if not layers:
         raise QuantizeError(
@@ -126,6 +130,19 @@ def _limit_scales(graph: GraphModule) -> None:
             tops.setdefault(quantizer, []).append(bounds[1] if len(bounds) == 2 and bounds[0] == 0 else math.inf)
     for quantizer, reached in tops.items():
         quantizer.largest_scale = max(reached) / quantizer.quant_max
+
+
+def _limit_ranges(graph: GraphModule) -> None:
+    """Spend no step on what no reader of a tensor tells apart."""
+    bounds: dict[FakeQuantizer, list[tuple[float, float]]] = {}
+    for node in graph.graph.nodes:
+        quantizer = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(quantizer, FakeQuantizer):
+            readers = (_BOUNDS.get(reader.target, (-math.inf, math.inf)) for reader in node.users)
+            bounds.setdefault(quantizer, []).extend(readers)
+    for quantizer, seen in bounds.items():
+        lows, highs = zip(*seen, strict=True)
+        quantizer.bounds = min(lows), max(highs)
 
 
 def _simulated_layers(graph: GraphModule) -> Iterator[SimulatedLayer]:

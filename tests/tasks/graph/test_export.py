@@ -32,7 +32,7 @@ ORT: SchemeName = "onnxruntime"
 TRT: SchemeName = "tensorrt"
 WEIGHTED = ("Conv", "Gemm")
 SUMS = {"resnet18": 8, "mobilenet_v2": 10, "mobilenet_v3_large": 10, "efficientnet_b0": 9}  # of residual blocks
-LEFTOVERS = {"BatchNormalization", "Cast", "Clip", "Identity", "ReduceMean"}
+LEFTOVERS = {"BatchNormalization", "Cast", "Identity", "ReduceMean"}
 
 
 def settled(model: nn.Module, images_NCHW: Tensor, passes: int = 10) -> nn.Module:
@@ -98,6 +98,13 @@ def producer_of(model: onnx.ModelProto, name: str) -> onnx.NodeProto | None:
 def faults(model: onnx.ModelProto, scheme: SchemeName) -> list[Finding]:
     """What the lint finds worse than plain facts."""
     return [finding for finding in lint(model, scheme) if finding.severity != "info"]
+
+
+def float_clips(model: onnx.ModelProto) -> list[str]:
+    """A ReLU6 that did not become a layer's saturation; hard-swish clips integers."""
+    clips = [node for node in model.graph.node if node.op_type == "Clip"]
+    before = {node.name: producer_of(model, node.input[0]) for node in clips}
+    return [name for name, node in before.items() if node is None or node.op_type != "QuantizeLinear"]
 
 
 def layers_by_weight(model: onnx.ModelProto) -> dict[str, str]:
@@ -208,6 +215,7 @@ def test_pooling_is_the_operator_with_an_integer_kernel(exported: Exported) -> N
         counts = Counter(node.op_type for node in model.graph.node)
         assert counts["GlobalAveragePool"] == 2
         assert not counts.keys() & LEFTOVERS
+        assert not float_clips(model)
 
 
 @pytest.mark.parametrize("scheme", [None, ORT, TRT])
@@ -278,6 +286,60 @@ def test_relu6_disappears_into_its_convolution(tmp_path: Path) -> None:
     assert not counts.keys() & {"Clip", "Conv", "FusedConv"}
 
 
+def swishing(reach: float, folder: Path) -> tuple[GraphModule, Tensor, Path]:
+    """A convolution that only passes its input of [-reach, 2 reach] on to a hard-swish, and a layer behind it."""
+    first = nn.Conv2d(1, 4, 1, bias=False)
+    nn.init.ones_(first.weight)
+    model = nn.Sequential(first, nn.Hardswish(), nn.Conv2d(4, 2, 1), nn.Flatten(), nn.Linear(128, 4))
+    images_NCHW = torch.linspace(-reach, 2 * reach, 1024).reshape(16, 1, 8, 8)
+    graph = converted_from(folded_from(model.eval(), images_NCHW), ORT, images_NCHW)
+    write(graph, images_NCHW, folder / "swish.onnx", ORT)
+    return graph, images_NCHW, folder / "swish.onnx"
+
+
+@pytest.mark.parametrize("reach", [3.1, 5.0, 20.0])
+def test_hard_swish_is_computed_on_integers(reach: float, tmp_path: Path) -> None:
+    """Clipped and multiplied, not in float, and on each of the 256 values at most a step from the definition."""
+    _, images_NCHW, path = swishing(reach, tmp_path)
+    assert faults(onnx.load(path), ORT) == []
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimised.onnx"), 3
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    counts = Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
+    assert counts["Clip"] == counts["QLinearMul"] == 1
+    assert not counts.keys() & {"HardSwish", "HardSigmoid", "Mul"}
+
+    model = onnx.load(path)
+    product = next(node for node in model.graph.node if node.op_type == "Mul")
+    assert product.name == "1"  # still the layer's
+    inner, gate = (producer_of(model, name) for name in product.input)
+    outer = next(node for node in model.graph.node if product.output[0] in node.input)
+    assert inner is not None
+    assert gate is not None
+    constants = {name: numpy_helper.to_array(tensor) for name, tensor in initializers(model).items()}
+    scale, zero = float(constants[inner.input[1]]), int(constants[inner.input[2]])
+    step, none = float(constants[outer.input[1]]), int(constants[outer.input[2]])
+    x = scale * (np.arange(256) - zero)
+    wanted = np.clip(x * np.clip(x / 6 + 0.5, 0, 1) / step + none, 0, 255)
+    clip = producer_of(model, gate.input[0])
+    assert clip is not None
+    low, high = (int(constants[name]) for name in clip.input[1:])
+    gates = float(constants[gate.input[1]]) * (np.clip(np.arange(256), low, high) - int(constants[gate.input[2]]))
+    np.testing.assert_allclose(np.clip(x * gates / step + none, 0, 255), wanted, atol=1e-3)
+    with OnnxRuntimeEngine(path, threads=1) as exact, OnnxRuntimeEngine(path, threads=1, optimise=False) as plain:
+        logits_NC, written_NC = (engine.run({INPUT: images_NCHW.numpy()})[OUTPUT] for engine in (exact, plain))
+    np.testing.assert_allclose(logits_NC, written_NC, atol=0.02 * np.ptp(written_NC))
+
+
+def test_hard_swish_of_a_narrow_range_stays_float(tmp_path: Path) -> None:
+    """Its range would have to reach -3, in coarser steps."""
+    _, _, path = swishing(1.0, tmp_path)
+    model = onnx.load(path)
+    counts = Counter(node.op_type for node in model.graph.node)
+    assert counts["HardSwish"] == 1
+    assert not counts.keys() & {"Clip", "Mul"}
+
+
 class Twice(nn.Module):
     """One convolution, used again on its own output."""
 
@@ -332,12 +394,8 @@ def test_torchvision_models_keep_the_rules_of_both_targets(name: str, tmp_path: 
         for layer, kind in layers_by_weight(model).items():
             gate = layer.endswith((".fc1", ".fc2"))
             assert kind == ("FLOAT" if scheme == TRT and gate else "INT8"), layer
-        assert not {node.op_type for node in model.graph.node} & {
-            "BatchNormalization",
-            "Clip",
-            "ReduceMean",
-            "Identity",
-        }
+        assert not {node.op_type for node in model.graph.node} & LEFTOVERS
+        assert not float_clips(model)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0"])

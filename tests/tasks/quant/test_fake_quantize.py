@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tasks.contracts.spec import QuantSpec, SchemeName
+from tasks.quant import simulate
 from tasks.quant.fake_quantize import (
     NUM_BINS,
     FakeQuantizer,
@@ -356,6 +358,75 @@ def test_dead_channel_stays_zero() -> None:
         kept = quantizer(weight_ON)
         assert torch.equal(kept[1], torch.zeros(8))
         assert kept.isfinite().all()
+
+
+def observed(x: Tensor, bounds: tuple[float, float], scheme: SchemeName = "onnxruntime") -> FakeQuantizer:
+    """Calibrated on x, and simulating; readers see nothing beyond the bounds."""
+    quantizer = activation(scheme)
+    quantizer.bounds = bounds
+    for mode in (Mode.OBSERVE_ENDS, Mode.OBSERVE_HISTOGRAM):
+        quantizer.mode = mode
+        quantizer(x)
+    quantizer.choose_range(QuantSpec(ranges="mse"))
+    quantizer.mode = Mode.SIMULATE
+    return quantizer
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.7, 1.3, 3.0])
+def test_a_floor_is_the_lowest_step_whatever_the_scale_learns(share: float) -> None:
+    """It is a whole number of steps from zero, so that integers can be clipped there; nothing lies below."""
+    x = torch.linspace(-8.0, 6.0, 10_000)
+    quantizer = observed(x, (-3.0, float("inf")))
+    assert quantizer.covered() == pytest.approx((-3.0, 6.0), abs=0.2)
+    with torch.no_grad():
+        quantizer.log_scale.add_(math.log(share))
+    scale, zero_point = (float(part) for part in quantizer.calculate_qparams())
+    assert scale * zero_point == pytest.approx(3.0, rel=1e-6)
+    assert float(scale) == pytest.approx(float(quantizer.log_scale.detach().exp()), rel=0.5 / zero_point)
+    assert quantizer.covered()[0] == pytest.approx(-3.0, rel=1e-6)
+    steps = torch.unique((quantizer(x) / scale).round())
+    assert (int(steps.min()), int(steps.max() - steps.min()) <= 255) == (-zero_point, True)
+
+
+@pytest.mark.parametrize(
+    ("x", "bounds", "scheme", "low"),
+    [
+        (torch.linspace(-1.0, 6.0, 1000), (-3.0, float("inf")), "onnxruntime", -1.0),
+        (torch.linspace(-8.0, 8.0, 1000), (-3.0, 3.0), "onnxruntime", -3.0),
+        (torch.linspace(-8.0, 6.0, 1000), (-3.0, float("inf")), "tensorrt", -6.0),
+    ],
+    ids=["not reached", "both ends", "symmetric"],
+)
+def test_no_step_is_spent_beyond_the_bounds(
+    x: Tensor, bounds: tuple[float, float], scheme: SchemeName, low: float
+) -> None:
+    """And none is added up to a bound that no value reaches."""
+    quantizer = observed(x, bounds, scheme)
+    assert quantizer.covered()[0] == pytest.approx(low, abs=0.2)
+    assert quantizer.covered()[1] == pytest.approx(min(6.0, bounds[1]), abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("function", "dtype"),
+    [(SimulatePerTensor, torch.float32), (SimulateByKernel, torch.float32), (SimulateByKernel, torch.bfloat16)],
+)
+def test_what_lies_below_the_floor_does_not_move_the_scale(function: type, dtype: torch.dtype) -> None:
+    """Hard-swish reads it: with the values that it makes zero of, the scale's gradient is that of the others."""
+    torch.manual_seed(0)
+    inner = torch.rand(4, 1000) * 8 - 2.5
+    x = torch.cat([inner, -4 - torch.rand(4, 1000)], 1)
+    quantizer = observed(x, simulate._BOUNDS[torch.ops.aten.hardswish.default])
+    gradients = []
+    for values in (inner, x):
+        values = values.to(dtype).requires_grad_()
+        log_scale, zero_point = quantizer.parameters_used()
+        more = (True,) if function is SimulateByKernel else ()
+        simulated = function.apply(values, log_scale, zero_point, 0, 255, *more)  # type: ignore[attr-defined]
+        loss = torch.nn.functional.hardswish(simulated).float().square().sum()
+        (gradient,) = torch.autograd.grad(loss, quantizer.log_scale)
+        gradients.append(float(gradient) * values.numel() ** 0.5)  # without its factor that shrinks with their number
+    assert gradients[0] != 0
+    assert gradients[1] == pytest.approx(gradients[0], rel=1e-3 if dtype is torch.float32 else 0.05)
 
 
 def test_parameters_for_pt2e_are_those_that_were_simulated() -> None:

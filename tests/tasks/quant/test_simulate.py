@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch.fx import GraphModule
 from tasks.contracts.errors import QuantizeError
 from tasks.contracts.spec import QuantSpec, SchemeName
 from tasks.quant.calibrate import calibrate
-from tasks.quant.capture import capture, fold_batch_norm, read_tensor
+from tasks.quant.capture import aten, capture, fold_batch_norm, read_tensor
 from tasks.quant.fake_quantize import Mode, PerChannelFakeQuantizer
 from tasks.quant.schemes import SCHEMES
 from tasks.quant.simulate import LARGEST_INT32, Simulation, convert, exact_tensors, fit_biases, predictions, simulate
@@ -212,6 +213,33 @@ def test_scale_behind_relu6_has_a_limit() -> None:
     simulation = simulate(folded_from(model, torch.randn(2, 1, 8, 8)), SCHEMES[ORT], frozenset())
     inputs = [layer.input_quantizer.largest_scale for layer in simulation.layers]
     assert inputs == [float("inf"), 6 / 255]
+
+
+class Read(nn.Module):
+    """One convolution's output is read by a hard-swish, the other's by a gate and a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(1, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(nn.functional.hardswish(self.first(x)))
+        gate = nn.functional.hardsigmoid(self.last(x))
+        logits: Tensor = (x + nn.functional.hardswish(x) * gate).flatten(1)
+        return logits
+
+
+def test_ranges_end_where_all_readers_stop_looking() -> None:
+    """A tensor that a convolution or a sum reads too has no bounds."""
+    simulation = simulate(folded_from(Read(), torch.randn(2, 1, 4, 4)), SCHEMES[ORT], frozenset())
+    bounds = {
+        str(node.args[0]): simulation.graph.get_submodule(str(node.target)).bounds
+        for node in simulation.graph.graph.nodes
+        if node.op == "call_module" and node.args[0].target == aten.conv2d.default
+    }
+    assert bounds == {
+        "conv2d": (pytest.approx(-3.0, abs=1e-5), math.inf), "conv2d_1": (-math.inf, math.inf), "conv2d_2": (-3.0, 3.0)
+    }  # fmt: skip
 
 
 def test_exact_tensors_are_the_float_models(folded: GraphModule, images_NCHW: Tensor) -> None:
