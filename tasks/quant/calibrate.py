@@ -117,11 +117,12 @@ def _alone_error(simulation: Simulation, quantizer: FakeQuantizer, images_NCHW: 
 def _search_range(quantizer: FakeQuantizer, error: Callable[[], float]) -> None:
     """Shrink one end of what was observed, then the other, and keep what serves the logits best.
 
-    A symmetric range has but one end.
+    A symmetric range has but one end, and so has one whose low end is fixed.
     """
     best, kept = error(), (quantizer.log_scale, quantizer.zero_point)
     low, high = quantizer.covered()
-    for end in ("both",) if quantizer.grid.symmetric else ("high", "low"):
+    ends = ("both",) if quantizer.grid.symmetric else ("high",) if quantizer.is_low_fixed else ("high", "low")
+    for end in ends:
         for share in _SHARES:
             trial = low if end == "high" else quantizer.low * share, high if end == "low" else quantizer.high * share
             quantizer.set_range(*(torch.tensor([value]) for value in trial))

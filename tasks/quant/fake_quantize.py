@@ -80,8 +80,13 @@ class FakeQuantizer(FakeQuantizeBase):  # type: ignore[misc]
 
     @property
     def is_floored(self) -> bool:
-        """Whether the range may end where a lower bound lies, which then is a whole number of steps."""
+        """Whether there is a lower bound alone, which then is a whole number of steps from zero."""
         return not self.grid.symmetric and self.bounds[0] > float("-inf") and self.bounds[1] == float("inf")
+
+    @property
+    def is_low_fixed(self) -> bool:
+        """Whether values were observed down to such a bound: the range starts there."""
+        return self.is_floored and self.low <= self.bounds[0]
 
     def parameters_used(self) -> tuple[Tensor, Tensor]:
         """Logarithm of the scale, and zero point, each [1] or, per channel, [channels].
@@ -142,10 +147,9 @@ class FakeQuantizer(FakeQuantizeBase):  # type: ignore[misc]
     @torch.no_grad()
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Cover low..high, each [1] or, per channel, [channels]."""
-        reaches_floor = self.is_floored and self.low <= self.bounds[0]
-        low = torch.full_like(low, self.bounds[0]) if reaches_floor else low
+        low = torch.full_like(low, self.bounds[0]) if self.is_low_fixed else low
         scale, zero_point = scale_and_zero_point(low, high, self.grid)
-        if reaches_floor:
+        if self.is_low_fixed:
             zero_point = torch.full_like(zero_point, self.quant_max)
         self.log_scale = nn.Parameter(scale.log().to(self.log_scale.device))
         self.zero_point = zero_point.to(self.zero_point.device)
