@@ -11,7 +11,7 @@ sample already, and a scale stands for so many values that a part of them tells 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from typing import Any
@@ -70,6 +70,7 @@ class FakeQuantizer(FakeQuantizeBase):  # type: ignore[misc]
         self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
         self.largest_scale: float = float("inf")  # that training may reach
         self.bounds: tuple[float, float] = (float("-inf"), float("inf"))  # all who read the tensor see none beyond them
+        self.used: tuple[Tensor, Tensor] | None = None  # what `floored_together` has computed already
         self.low: float = float("inf")
         self.high: float = float("-inf")
         self.histogram_B: Tensor | None = None
@@ -94,12 +95,11 @@ class FakeQuantizer(FakeQuantizeBase):  # type: ignore[misc]
         Above a lower bound the scale divides it, and no step lies below it, also while the scale learns: `zero_point`
         is then only the most that there may be below zero.
         """
+        if self.used is not None:
+            return self.used
         if not self.is_floored:
             return self.log_scale, self.zero_point
-        learned = self.log_scale.detach()
-        steps = (-self.bounds[0] / learned.exp()).round().clamp(min=1)
-        log_scale = self.log_scale + ((-self.bounds[0] / steps).log() - learned)  # learns as if it were not rounded
-        return log_scale, torch.minimum(steps, self.zero_point).to(torch.int32)
+        return _above_floor(self.log_scale, self.zero_point, self.bounds[0])
 
     def forward(self, x: Tensor) -> Tensor:
         if self.mode is Mode.SIMULATE:
@@ -193,6 +193,33 @@ class PerChannelFakeQuantizer(FakeQuantizer):
                 best_O = torch.minimum(error_O, best_O)
             reach_O = chosen_O
         self.set_range(-reach_O, reach_O)
+
+
+def _above_floor(log_scale: Tensor, zero_point: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """Of any number of tensors: the nearest scale that divides the floor, and no step below it."""
+    learned = log_scale.detach()
+    steps = (-floor / learned.exp()).round().clamp(min=1)
+    log_scale = log_scale + ((-floor / steps).log() - learned)  # learns as if it were not rounded
+    return log_scale, torch.minimum(steps, zero_point).to(torch.int32)
+
+
+@contextmanager
+def floored_together(quantizers: Sequence[FakeQuantizer]) -> Iterator[None]:
+    """In this block the parameters of these floored quantizers are those of now, computed by one call for all."""
+    if quantizers:
+        (floor,) = {quantizer.bounds[0] for quantizer in quantizers}
+        log_scales, zero_points = _above_floor(
+            torch.cat([quantizer.log_scale for quantizer in quantizers]),
+            torch.cat([quantizer.zero_point for quantizer in quantizers]),
+            floor,
+        )
+        for number, quantizer in enumerate(quantizers):
+            quantizer.used = log_scales[number : number + 1], zero_points[number : number + 1]
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.used = None
 
 
 @contextmanager

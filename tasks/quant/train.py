@@ -25,7 +25,7 @@ from tasks.contracts.errors import QuantizeError
 from tasks.contracts.records import Epoch
 from tasks.contracts.spec import PreprocessSpec, QatSpec
 from tasks.quant.capture import read_tensor
-from tasks.quant.fake_quantize import FakeQuantizer, Mode, simulated_together
+from tasks.quant.fake_quantize import FakeQuantizer, Mode, floored_together, simulated_together
 from tasks.quant.group import Group
 from tasks.quant.simulate import Simulation
 from tasks.stores.workspace import replacing
@@ -124,6 +124,7 @@ class Trainer:
         weight_scales = {id(quantizer.log_scale) for quantizer in self._quantized}
         owners = [module for module in self._graph.modules() if isinstance(module, FakeQuantizer)]
         self._activation_scales = [scale for scale in self._scales if id(scale) not in weight_scales]
+        self._floored = [owner for owner in owners if owner.is_floored]
         limited = [owner for owner in owners if owner.largest_scale < math.inf]
         self._limited: list[Tensor] = [owner.log_scale for owner in limited]
         self._highest = [math.log(owner.largest_scale) for owner in limited]
@@ -189,7 +190,7 @@ class Trainer:
         """Learn from one batch at `rate` of the peak rates, and give its loss, which stays on the device."""
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak"] * rate
-        with simulated_together(self._quantized):
+        with simulated_together(self._quantized), floored_together(self._floored):
             loss = self._loss(self._feed(pixels_NHWC), labels_N, answers_NC)
         self._optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)

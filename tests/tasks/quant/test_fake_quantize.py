@@ -17,6 +17,7 @@ from tasks.quant.fake_quantize import (
     PerChannelFakeQuantizer,
     SimulateByKernel,
     SimulatePerTensor,
+    floored_together,
     simulated_together,
 )
 from tasks.quant.ranges import SMALLEST_SCALE
@@ -386,6 +387,23 @@ def test_a_floor_is_the_lowest_step_whatever_the_scale_learns(share: float) -> N
     assert quantizer.covered()[0] == pytest.approx(-3.0, rel=1e-6)
     steps = torch.unique((quantizer(x) / scale).round())
     assert (int(steps.min()), int(steps.max() - steps.min()) <= 255) == (-zero_point, True)
+
+
+def test_floored_tensors_are_simulated_together_as_they_are_alone() -> None:
+    """Bit for bit, forward and backward, whether they reach the floor or not; afterwards each is by itself again."""
+    torch.manual_seed(0)
+    values = [torch.linspace(low, high, 1000).reshape(4, -1) for low, high in ((-8.0, 6.0), (-4.0, 9.0), (-1.0, 2.0))]
+    found = []
+    for together in (False, True):
+        quantizers = [observed(x, (-3.0, float("inf"))) for x in values]
+        with floored_together(quantizers) if together else nullcontext():
+            results = [quantizer(x.clone().requires_grad_()) for quantizer, x in zip(quantizers, values, strict=True)]
+        torch.autograd.backward(results, values)
+        found.append([*results, *(quantizer.log_scale.grad for quantizer in quantizers)])
+        again = [quantizer(x) for quantizer, x in zip(quantizers, values, strict=True)]
+        assert all(map(torch.equal, again, results))
+    for alone, joined in zip(*found, strict=True):
+        assert torch.equal(alone, joined)
 
 
 @pytest.mark.parametrize(
