@@ -69,7 +69,7 @@ class FakeQuantizer(FakeQuantizeBase):  # type: ignore[misc]
         self.zero_point: Tensor
         self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
         self.largest_scale: float = float("inf")  # that training may reach
-        self.bounds: tuple[float, float] = (float("-inf"), float("inf"))  # all who read the tensor see none beyond them
+        self.bounds: tuple[float, float] = (float("-inf"), float("inf"))  # no reader tells apart what lies beyond
         self.used: tuple[Tensor, Tensor] | None = None  # what `floored_together` has computed already
         self.low: float = float("inf")
         self.high: float = float("-inf")

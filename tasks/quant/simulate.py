@@ -217,10 +217,13 @@ def convert(simulation: Simulation) -> GraphModule:
 
 @torch.no_grad()
 def exact_tensors(simulation: Simulation, images_NCHW: Tensor) -> list[Tensor]:
-    """What the float model holds wherever an activation is quantized, in the order of the graph."""
+    """What the float model holds wherever an activation is quantized, in the order of the graph.
+
+    Of a tensor whose readers tell nothing apart beyond some bound, as much as they see.
+    """
     found: list[Tensor] = []
     hooks = [
-        quantizer.register_forward_hook(lambda _module, inputs, _output: found.append(inputs[0]))
+        quantizer.register_forward_hook(lambda module, inputs, _output: found.append(inputs[0].clamp(*module.bounds)))
         for quantizer in simulation.activations()
     ]
     with simulation.mode(Mode.PASS) as exact:

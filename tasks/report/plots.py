@@ -231,12 +231,10 @@ def _draw_layers(axes: Axes, layers: tuple[LayerError, ...], palette: Palette) -
             linewidth=0,
         )
     names = [f"no. {places[layer.layer]}: {layer.layer} ({layer.sqnr_db:.1f} dB)" for layer in drawn[:NUM_NAMED]]
-    if names:
-        text = "hatched, the noisiest:  " + "   ".join(names)
-        axes.text(1, 1.03, text, transform=axes.transAxes, ha="right", va="bottom", fontsize=SMALL, color=palette.ink)
     axes.set_xlim(0.3, max(len(layers), 1) + 0.7)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("layer, in the order of the graph")
+    noisiest = "\nhatched, the noisiest:  " + "   ".join(names) if names else ""
+    axes.set_xlabel(f"layer, in the order of the graph{noisiest}")
     _title(axes, "Signal over quantization noise (dB)", palette)
 
 

@@ -242,6 +242,14 @@ def test_ranges_end_where_all_readers_stop_looking() -> None:
     }  # fmt: skip
 
 
+def test_exact_tensors_are_shown_as_their_readers_see_them() -> None:
+    """What lies below -3 is no error where a hard-swish alone reads it."""
+    simulation = simulate(folded_from(Read(), torch.randn(2, 1, 4, 4)), SCHEMES[ORT], frozenset())
+    _, before_swish, swished, *_ = exact_tensors(simulation, 100 * torch.randn(8, 1, 4, 4))
+    assert float(before_swish.min()) == pytest.approx(-3.0, abs=1e-5)
+    assert torch.equal(nn.functional.hardswish(before_swish), swished)
+
+
 def test_exact_tensors_are_the_float_models(folded: GraphModule, images_NCHW: Tensor) -> None:
     """One per quantized place in the graph's order, the input first, whatever mode is on."""
     simulation = calibrated(folded, ORT, images_NCHW)

@@ -41,7 +41,7 @@ def test_the_noisiest_layers_are_named(report: RunReport) -> None:
     """With their place in the graph, the worst first."""
     layers = summary_figure(report).axes[3]
     worst = sorted(report.parity.layers, key=lambda layer: layer.sqnr_db)[:3]
-    text = layers.texts[0].get_text()
+    text = layers.get_xlabel()
     assert [text.index(layer.layer) for layer in worst] == sorted(text.index(layer.layer) for layer in worst)
     assert sum(bool(bar.get_hatch()) for bar in layers.patches) == 3
     assert len(layers.patches) == len(report.parity.layers)
