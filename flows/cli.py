@@ -38,6 +38,8 @@ PREFECT_DEFAULTS = {  # of the server that a run starts for itself; what infra/s
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # a fleet's server counts silent runs as crashed
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # a cold start takes 20
+    # Stopped in the middle of writing events it says so by a traceback. What fails reaches the run as the API's answer.
+    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
     # Events are written in batches: one by one they lock SQLite, for ten seconds of a demo.
     "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_BATCH_SIZE": "100",
     "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_READ_BATCH_SIZE": "100",

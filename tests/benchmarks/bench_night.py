@@ -157,7 +157,7 @@ def resume(place: Installation, world: World) -> bool:
     wait_for(lambda: set(steps.glob("measure_engine/*")) - before, "the last step", limit_s=900)
     for pid in processes_of(run):
         os.kill(pid, signal.SIGKILL)
-    place.wait(run, "CRASHED")
+    place.wait_until_reported(run)
     finished = set(steps.glob("*/*")) - before
     start = time.perf_counter()
     place.retry(run)

@@ -99,6 +99,13 @@ class Installation:
         wait_for(arrived, f"run {run} to be {' or '.join(states) or 'final'}")
         return self.read(run)
 
+    def wait_until_reported(self, run: str) -> dict[str, Any]:
+        """A killed run, once its worker has done with it: it reports it twice, and the second would undo a retry."""
+        started, last = f"submitting flow run '{run}'", "prefect.flow_runs.worker - Check whether the flow run exceeded"
+        log = self.home / "worker.log"
+        wait_for(lambda: last in log.read_text().rpartition(started)[2], f"the worker's last word on {run}")
+        return self.wait(run, "CRASHED")
+
     def log(self, run: str) -> list[str]:
         """What the run has logged, in order."""
         chosen = {"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_ASC", "limit": 200}

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +22,14 @@ from prefect.client.orchestration import SyncPrefectClient
 from flows.alarms import alarms
 from tasks.contracts.fleet import AlarmsSpec
 from tasks.stores.base import open_store
-from tests.flows.prefect_server import Installation, processes_of, wait_for
+from tests.flows.prefect_server import FINAL, Installation, processes_of, wait_for
 from tests.flows.test_requantize import STEPS, TAKEN, trained
 
 if TYPE_CHECKING:
     from tests.flows.conftest import Place
     from tests.tasks.stores.s3_server import S3Server
 
-EPOCHS = 30
+EPOCHS = 100  # on a fast machine a second for ten
 QAT = {
     "method": "qat", "search": False, "qat": {"epochs": EPOCHS, "patience": EPOCHS, "mirror": False}
 }  # fmt: skip
@@ -99,7 +100,7 @@ def test_a_killed_run_goes_on_from_its_epoch_through_a_locked_database_and_a_res
     wait_for(lambda: any(trained(after_first)), "an epoch")
     for pid in processes_of(run):
         os.kill(pid, signal.SIGKILL)
-    crashed = installed.wait(run, "CRASHED")
+    crashed = installed.wait_until_reported(run)
     assert "-9" in crashed["state"]["message"]
     (epochs,) = trained(after_first)
     before = after_first.stored("steps")
@@ -135,19 +136,32 @@ def test_a_run_whose_worker_died_too_is_found_by_its_heartbeat(
     with SyncPrefectClient(installed.url) as client:
         automation = client.create_automation(silence)
     try:
-        run = installed.run({**plain, "quant": QAT}, after_first.path, after_first.environment)
-        wait_for(lambda: any(trained(after_first)), "an epoch")  # long after the first heartbeat was sent
+        run = run_with_a_heartbeat(installed, after_first, plain)
         installed.stop("worker", signal.SIGKILL)
         for pid in processes_of(run):
             os.kill(pid, signal.SIGKILL)
         assert installed.read(run)["state_type"] == "RUNNING"
-        wait_for(lambda: heartbeats(installed, run), "a heartbeat")  # which the server writes down in batches
         assert installed.wait(run, "CRASHED")["state"]["message"] == "No heartbeat for 90 s: the process is gone."
     finally:
         installed.call("DELETE", f"/automations/{automation}")
     installed.start_worker()
     installed.retry(run)
     assert installed.wait(run)["state_type"] == "COMPLETED"
+
+
+def run_with_a_heartbeat(installed: Installation, place: Place, plain: dict[str, Any]) -> str:
+    """A run that is training, and that the server has heard of by a heartbeat: it writes those in batches."""
+    for attempt in range(5):
+        lasting = {"epochs": 2 * EPOCHS, "patience": 2 * EPOCHS + attempt, "mirror": False}
+        run = installed.run({**plain, "quant": {**QAT, "qat": lasting}}, place.path, place.environment)
+        wait_for(partial(was_heard_or_has_ended, installed, run), "a heartbeat")
+        if installed.read(run)["state_type"] == "RUNNING":
+            return run
+    raise TimeoutError("five runs ended before their first heartbeat was heard")
+
+
+def was_heard_or_has_ended(installed: Installation, run: str) -> bool:
+    return heartbeats(installed, run) > 0 or installed.read(run)["state_type"] in FINAL
 
 
 def heartbeats(installed: Installation, run: str) -> int:
