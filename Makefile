@@ -28,9 +28,9 @@ gpu-check: $(STAMP)  ## all that only a GPU can prove, into docs/results-gpu.md
 
 lock:  ## pin what pyproject.toml asks for
 	$(UV) pip compile --universal --no-strip-extras --python-version 3.11 --generate-hashes \
-	  --no-emit-index-url --no-header --extra dev pyproject.toml -o requirements.lock
+	  --no-header --extra dev pyproject.toml -o requirements.lock
 	$(UV) pip compile --universal --python-version 3.12 --generate-hashes \
-	  --no-emit-index-url --no-header -c requirements.lock infra/images/gpu.in -o infra/images/gpu.lock
+	  --no-header -c requirements.lock infra/images/gpu.in -o infra/images/gpu.lock
 
 clean:  ## the environment and all that tools leave; runs and their store stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

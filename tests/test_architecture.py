@@ -38,9 +38,7 @@ HOMES = {
 }
 
 MACHINE_PATHS = re.compile(r"(?<![\w.])/(?:work|root|home|Users|opt)/")
-REGISTRIES = re.compile(
-    r"pypi\.org|pythonhosted\.org|download\.pytorch\.org|--(?:extra-)?index-url[ =]\S|--find-links[ =]\S"
-)
+REGISTRIES = re.compile(r"\bpy(?:pi|thonhosted)\.org|download\.py[a-z]+\.org|--[a-z-]*(?:url|links)[ =]\S")
 
 
 def imported_modules(path: Path) -> Iterator[str]:
@@ -141,7 +139,8 @@ def test_the_patterns_find_what_they_are_for() -> None:
     for folder in ("work", "root", "home", "opt"):
         assert MACHINE_PATHS.search(f"see /{folder}/x")
         assert not MACHINE_PATHS.search(f"docs/{folder}/x and some.site/{folder}/x")
-    for text in ("pypi" + ".org/simple", "--index" + "-url https://x", "--find" + "-links=x"):
+    hosts = ("pypi" + ".org/simple", "files.python" + "hosted.org", "download.py" + "torch.org/whl")
+    for text in (*hosts, "--index" + "-url https://x", "--extra-index" + "-url=x", "--find" + "-links=x"):
         assert REGISTRIES.search(text)
 
 

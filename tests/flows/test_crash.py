@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tests.flows.conftest import Place
     from tests.tasks.stores.s3_server import S3Server
 
-EPOCHS = 100  # on a fast machine a second for ten
+EPOCHS = 100  # of which a fast machine trains five to ten in a second
 QAT = {
     "method": "qat", "search": False, "qat": {"epochs": EPOCHS, "patience": EPOCHS, "mirror": False}
 }  # fmt: skip
