@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
 from prefect import get_run_logger
 
 from tasks.contracts.errors import EngineError
@@ -11,12 +12,14 @@ from tasks.contracts.records import ArtifactRef, EngineRecord, ExportRecord, Pre
 from tasks.contracts.settings import Settings
 from tasks.contracts.spec import RunSpec, TargetSpec
 from tasks.engines.base import Engine, TensorInfo
-from tasks.engines.hardware import gpu_hardware, hardware
+from tasks.engines.hardware import gpu_hardware, hardware, has_amx
 from tasks.engines.inspector import audit
 from tasks.engines.plan import timing_cache_key
 from tasks.engines.runtimes import open_onnx
 from tasks.engines.tensorrt import TensorRtEngine, this_machine
 from tasks.engines.tensorrt_build import BuiltPlan, build_plan
+from tasks.graph.amx import for_amx
+from tasks.graph.index import read_onnx
 from tasks.step import Progress, remember, step, the_gpu, the_store
 from tasks.stores.base import Store
 from tasks.stores.steps import JSON
@@ -24,13 +27,14 @@ from tasks.stores.steps import JSON
 
 @step("build engine")
 def build_engine(spec: RunSpec, exported: ExportRecord) -> EngineRecord:
-    """For ONNX Runtime, which compiles when it loads, the engine is the graph itself; for TensorRT it is a plan."""
+    """For TensorRT a plan; for ONNX Runtime, which compiles when it loads, the graph, fitted to this CPU."""
     target = spec.target
 
     def compute(store: Store, work: Path) -> EngineRecord:
         if target.runtime == "tensorrt":
             return _planned(spec, exported, store, work)
-        return _described(open_model(exported.int8_onnx, target, work), exported.int8_onnx, target)
+        ref = exported.int8_onnx if target.needs_gpu else _for_this_cpu(exported.int8_onnx, store, work)
+        return _described(open_model(ref, target, work), ref, target)
 
     inputs: dict[str, JSON] = {
         "graph": exported.int8_onnx.sha256,
@@ -94,6 +98,20 @@ def hardware_for(target: TargetSpec) -> str:
         EngineError: if the target needs a GPU and there is none.
     """
     return gpu_hardware(the_gpu()) if target.needs_gpu else hardware()
+
+
+def _for_this_cpu(ref: ArtifactRef, store: Store, work: Path) -> ArtifactRef:
+    """The graph, or the same with weights as AMX takes them, where there is AMX and a layer gains by it."""
+    if not has_amx():
+        return ref
+    model = read_onnx(store.fetch(ref, work))
+    layers = for_amx(model)
+    if not layers:
+        return ref
+    get_run_logger().info("weights of %d layers are written for this CPU's AMX", len(layers))
+    path = work / "engine.onnx"
+    onnx.save(model, path)
+    return store.put(path, kind="engines")
 
 
 def _planned(spec: RunSpec, exported: ExportRecord, store: Store, work: Path) -> EngineRecord:

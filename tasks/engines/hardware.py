@@ -40,6 +40,11 @@ def has_vnni() -> bool:
     return not _flags(_facts()).isdisjoint(INT8_DOT)
 
 
+def has_amx() -> bool:
+    """Whether the CPU multiplies matrices of 8-bit values by AMX. False also where the system does not tell."""
+    return "amx_int8" in _flags(_facts())
+
+
 def int8_notes() -> tuple[str, ...]:
     """What a reader must know before trusting INT8 numbers from this CPU."""
     if has_vnni():

@@ -19,15 +19,18 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import onnx
 import torch
 import torchvision
 from torch import Tensor, nn
 
 from tasks.contracts.records import Latency
 from tasks.contracts.spec import QuantSpec
-from tasks.engines.hardware import hardware
+from tasks.engines.hardware import hardware, has_amx
 from tasks.engines.onnxruntime import OnnxRuntimeEngine
+from tasks.graph.amx import for_amx
 from tasks.graph.export import INPUT, export_onnx
+from tasks.graph.index import read_onnx
 from tasks.quant.calibrate import calibrate
 from tasks.quant.capture import capture, fold_batch_norm
 from tasks.quant.schemes import SCHEMES, layers_kept_float
@@ -67,6 +70,10 @@ def export_both(name: str, float_path: Path, int8_path: Path, globs: Sequence[st
     fit_biases(simulation)
     export_onnx(folded, example_NCHW, float_path, integer_bias=False)
     export_onnx(convert(simulation), example_NCHW, int8_path, integer_bias=SCHEME.integer_bias)
+    if has_amx():  # as the engine is written for this CPU
+        written = read_onnx(int8_path)
+        for_amx(written)
+        onnx.save(written, int8_path)
 
 
 def measure(float_path: Path, int8_path: Path, rounds: int) -> Latency:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tasks.engines import hardware
-from tasks.engines.hardware import has_vnni, int8_notes
+from tasks.engines.hardware import has_amx, has_vnni, int8_notes
 
 WITH_VNNI = "model name\t: Some Server CPU\nflags\t\t: fpu sse2 avx2 avx512f avx512_vnni\n\nmodel name\t: second\n"
 WITHOUT_VNNI = "model name\t: Some Laptop CPU\nflags\t\t: fpu sse2 avx2\n"
@@ -32,6 +32,14 @@ def test_a_cpu_without_vnni_is_pointed_out(cpuinfo: Path) -> None:
     cpuinfo.write_text(WITHOUT_VNNI)
     assert not has_vnni()
     assert "saturate" in int8_notes()[0]
+
+
+def test_amx_is_more_than_vnni(cpuinfo: Path) -> None:
+    """Weights are written otherwise for it, so it must not be seen where it is not."""
+    cpuinfo.write_text(WITH_VNNI)
+    assert not has_amx()
+    cpuinfo.write_text(WITH_VNNI.replace("avx512_vnni", "avx512_vnni amx_int8"))
+    assert has_amx()
 
 
 def test_arms_dot_product_counts(cpuinfo: Path) -> None:
