@@ -1,7 +1,8 @@
 """Which layers are better left float: the few that cost most accuracy, within a budget of computation.
 
 A greedy search. Layers differ widely in what INT8 costs them (Dong et al., HAWQ, ICCV 2019); what decides here is the
-error of the logits with the layer float and all others INT8, on calibration images.
+error of the logits with a layer float and all others INT8, on calibration images. Where no layer saves enough, two are
+tried together: what lies between them is INT8 as long as one of them is.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -19,7 +21,8 @@ from tasks.quant.capture import WEIGHTED, layer_of, read_tensor
 from tasks.quant.fake_quantize import FakeQuantizer, Mode
 from tasks.quant.simulate import SimulatedLayer, Simulation, simulate
 
-_GAIN = 0.25  # of the squared error that is left: what a layer must save to stay float
+_GAIN = 0.25  # of the squared error that is left: what each layer must save to stay float
+_TOGETHER = 2  # layers that are tried at once where one alone does not save enough
 _ENOUGH = 0.003  # of the logits' variance: an error that flips about one answer in a hundred
 
 
@@ -41,21 +44,28 @@ def layers_better_float(
     costly = set(costly_tensors(simulation, images_NCHW))
     candidates = {layer.name for layer in simulation.layers if costly & _beside(simulation, layer)}
     with simulation.mode(Mode.SIMULATE) as simulated:
-        error = float((simulated(images_NCHW) - logits).square().mean())
-        while error > _ENOUGH * float(logits.var()):
-            affordable = {name for name in candidates - kept if macs[name] <= room}
-            trials: dict[str, float] = {}
-            for name in sorted(affordable):
-                gone = _gone(simulation, simulate(folded, simulation.scheme, kept | {name}))
-                for quantizer in gone:
-                    quantizer.mode = Mode.PASS
-                trials[name] = float((simulated(images_NCHW) - logits).square().mean())
-                simulation.set_mode(Mode.SIMULATE)
-            best = min(trials, key=trials.__getitem__, default="")
-            if not best or trials[best] > (1 - _GAIN) * error:
-                break
-            kept, error, room = kept | {best}, trials[best], room - macs[best]
+
+        def error_without(names: frozenset[str]) -> float:
+            for quantizer in _gone(simulation, simulate(folded, simulation.scheme, names)):
+                quantizer.mode = Mode.PASS
+            error = float((simulated(images_NCHW) - logits).square().mean())
+            simulation.set_mode(Mode.SIMULATE)
+            return error
+
+        error, size = error_without(kept), 1
+        while error > _ENOUGH * float(logits.var()) and size <= _TOGETHER:
+            groups = map(frozenset, combinations(sorted(candidates - kept), size))
+            trials = {group: error_without(kept | group) for group in groups if _sum(macs, group) <= room}
+            best = min(trials, key=trials.__getitem__, default=None)
+            if best is None or trials[best] > (1 - _GAIN) ** size * error:
+                size += 1
+            else:
+                kept, error, room, size = kept | best, trials[best], room - _sum(macs, best), 1
     return kept
+
+
+def _sum(macs: Counter[str], names: frozenset[str]) -> int:
+    return sum(macs[name] for name in names)
 
 
 def macs_of(graph: GraphModule) -> Counter[str]:

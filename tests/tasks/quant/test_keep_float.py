@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from tasks.contracts.spec import QuantSpec, SchemeName
+from tasks.quant import keep_float
 from tasks.quant.calibrate import calibrate
 from tasks.quant.capture import capture
 from tasks.quant.fake_quantize import Mode
@@ -68,6 +69,26 @@ def test_the_layer_that_costs_most_stays_float(scheme: SchemeName, lopsided: Gra
     errors = [logits_error(lopsided, simulation, photos_NCHW) for simulation in (before, after)]
     assert errors[1] < 0.5 * errors[0]
     assert {quantizer.mode for quantizer in before.quantizers()} == {Mode.SIMULATE}
+
+
+def test_two_layers_that_must_be_float_together_are(photos_NCHW: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one writes and the other reads is INT8 as long as one of them is; here nothing else is wrong with either."""
+    monkeypatch.setattr(keep_float, "_ENOUGH", 1e-4)  # noise has hardly a class
+    torch.manual_seed(0)
+    network = Lopsided(1.0)
+    with torch.no_grad():
+        network.depthwise.bias[0] = 100.0  # type: ignore[index]  # which nobody looks at
+        network.body.weight[:, 0] = 0.0
+    folded = capture(network.eval(), photos_NCHW[:2])
+    before = calibrated(folded, photos_NCHW, frozenset(), "onnxruntime")
+    error = logits_error(folded, before, photos_NCHW)
+    for alone in ("depthwise", "body"):
+        after = calibrated(folded, photos_NCHW, frozenset({alone}), "onnxruntime")
+        assert logits_error(folded, after, photos_NCHW) > 0.8 * error
+    kept = layers_better_float(folded, before, photos_NCHW, frozenset(), 0.5)
+    assert kept == {"depthwise", "body"}
+    together = calibrated(folded, photos_NCHW, kept, "onnxruntime")
+    assert logits_error(folded, together, photos_NCHW) < 0.1 * error
 
 
 def test_the_budget_is_kept(lopsided: GraphModule, photos_NCHW: Tensor) -> None:
