@@ -201,6 +201,9 @@ class QatSpec(Section):
     ema_decay: float = Field(0.99, ge=0, lt=1, description="Of the moving average of the weights; 0 turns it off.")
     patience: Count = Field(3, description="Epochs without a better selection score before training stops.")
     gradient_clip: float = Field(1.0, gt=0, description="Largest global norm of the gradient.")
+    drop: float = Field(
+        0.5, ge=0, lt=1, description="Share of the activations that a step leaves exact, others each time."
+    )
     mirror: bool = Field(True, description="Train on mirrored images too; not for text or digits.")
     views: Count = Field(4, description="Ways to look at each image; the float model answers each once, beforehand.")
     shift: int = Field(

@@ -204,6 +204,18 @@ def _above_floor(log_scale: Tensor, zero_point: Tensor, floor: float) -> tuple[T
 
 
 @contextmanager
+def left_exact(quantizers: Sequence[FakeQuantizer]) -> Iterator[None]:
+    """In this block these quantizers, which simulate, let their tensors pass."""
+    for quantizer in quantizers:
+        quantizer.mode = Mode.PASS
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.mode = Mode.SIMULATE
+
+
+@contextmanager
 def floored_together(quantizers: Sequence[FakeQuantizer]) -> Iterator[None]:
     """In this block the parameters of these floored quantizers are those of now, computed by one call for all."""
     if quantizers:
@@ -259,9 +271,10 @@ class SimulatePerTensor(torch.autograd.Function):
         x, y = ctx.saved_tensors
         gradient_x = _within(upstream[0], x, *ctx.ends)
         part = max(1, len(x) // _BATCH_SHARE) if x.dim() == 4 else len(x)  # only of images is the first axis the batch
-        gradient_scale = _dot(upstream[0], y, part) - _dot(gradient_x, x, part)
-        gradient_scale *= len(x) / part * _shrink(x.numel(), ctx.high)
-        return gradient_x, gradient_scale.reshape(1), None, None, None
+        upstream_K, y_K, gradient_K, x_K = _flat(part, upstream[0], y, gradient_x, x)
+        gradient_scale = torch.dot(upstream_K, y_K).sub_(torch.dot(gradient_K, x_K))
+        gradient_scale.mul_(len(x) / part * _shrink(x.numel(), ctx.high))
+        return gradient_x, gradient_scale.view(1), None, None, None
 
 
 class SimulateByKernel(torch.autograd.Function):
@@ -332,14 +345,9 @@ def _within(upstream: Tensor, x: Tensor, low: float, high: float) -> Tensor:
     return gradient
 
 
-def _dot(a: Tensor, b: Tensor, part: int) -> Tensor:
-    """Sum of products over the first `part` of the first axis, in one pass where both lie in the same order."""
-    layout = _layout(b)
-    if a.dtype == b.dtype and a.is_contiguous(memory_format=layout) and b.is_contiguous(memory_format=layout):
-        flat = (part * (a.numel() // len(a)),), (1,)
-        return torch.dot(a.as_strided(*flat, a.storage_offset()), b.as_strided(*flat, b.storage_offset()))
-    return (a[:part] * b[:part]).sum()
-
-
-def _layout(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if x.dim() == 4 and not x.is_contiguous() else torch.contiguous_format
+def _flat(part: int, *tensors: Tensor) -> list[Tensor]:
+    """The first `part` of tensors of one shape along the first axis, each [K] in one order; views where they can be."""
+    plain = tensors[-1].dim() < 4 or tensors[-1].is_contiguous()
+    layout = torch.contiguous_format if plain else torch.channels_last
+    size = (part * (tensors[0].numel() // len(tensors[0])),)
+    return [tensor.contiguous(memory_format=layout).as_strided(size, (1,)) for tensor in tensors]

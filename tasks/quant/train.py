@@ -1,7 +1,8 @@
 """Quantization-aware training: the simulated model learns from the float model's answers, scales included.
 
 The graph is the inference graph with batch norm folded, so what is trained is what is exported; there is no batch norm
-to freeze and no dropout. Distillation follows Hinton et al., Distilling the Knowledge in a Neural Network (2015).
+to freeze and no dropout. Distillation follows Hinton et al., Distilling the Knowledge in a Neural Network (2015). Steps
+leave some activations exact: whole tensors, where Wei et al., QDrop (ICLR 2022), draw single values.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tasks.contracts.errors import QuantizeError
 from tasks.contracts.records import Epoch
 from tasks.contracts.spec import PreprocessSpec, QatSpec
 from tasks.quant.capture import read_tensor
-from tasks.quant.fake_quantize import FakeQuantizer, Mode, floored_together, simulated_together
+from tasks.quant.fake_quantize import Mode, floored_together, left_exact, simulated_together
 from tasks.quant.group import Group
 from tasks.quant.simulate import Simulation
 from tasks.stores.workspace import replacing
@@ -122,9 +123,9 @@ class Trainer:
             layer.weight_quantizer: read_tensor(self._graph, layer.weight) for layer in simulation.layers
         }
         weight_scales = {id(quantizer.log_scale) for quantizer in self._quantized}
-        owners = [module for module in self._graph.modules() if isinstance(module, FakeQuantizer)]
+        owners = simulation.quantizers()
         self._activation_scales = [scale for scale in self._scales if id(scale) not in weight_scales]
-        self._floored = [owner for owner in owners if owner.is_floored]
+        self._activations = simulation.activations()
         limited = [owner for owner in owners if owner.largest_scale < math.inf]
         self._limited: list[Tensor] = [owner.log_scale for owner in limited]
         self._highest = [math.log(owner.largest_scale) for owner in limited]
@@ -161,7 +162,7 @@ class Trainer:
             part = slice(step * batch_size, (step + 1) * batch_size)
             rate = schedule((number * steps + step) / (self._spec.epochs * steps), self._spec.warmup)
             answers_NC = self._answers_VNC[view_N[part], order[part]]
-            losses.append(self.step(views[part].of(pixels_NHWC), labels_N, answers_NC, rate))
+            losses.append(self.step(views[part].of(pixels_NHWC), labels_N, answers_NC, rate, random))
             if progress:
                 progress(number * steps + step + 1, self._spec.epochs * steps)
         with self._swapped(self._average):
@@ -186,11 +187,26 @@ class Trainer:
         )
         self._save()
 
-    def step(self, pixels_NHWC: np.ndarray, labels_N: np.ndarray, answers_NC: np.ndarray, rate: float) -> Tensor:
-        """Learn from one batch at `rate` of the peak rates, and give its loss, which stays on the device."""
+    def step(
+        self,
+        pixels_NHWC: np.ndarray,
+        labels_N: np.ndarray,
+        answers_NC: np.ndarray,
+        rate: float,
+        random: np.random.Generator,
+    ) -> Tensor:
+        """Learn from one batch at `rate` of the peak rates, and give its loss, which stays on the device.
+
+        Args:
+            random: draws the activations that stay exact, the same in each process.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak"] * rate
-        with simulated_together(self._quantized), floored_together(self._floored):
+        order = random.permutation(len(self._activations))
+        drawn = [self._activations[number] for number in order]
+        num_exact = int(self._spec.drop * len(drawn))
+        floored = [quantizer for quantizer in drawn[num_exact:] if quantizer.is_floored]
+        with simulated_together(self._quantized), left_exact(drawn[:num_exact]), floored_together(floored):
             loss = self._loss(self._feed(pixels_NHWC), labels_N, answers_NC)
         self._optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)

@@ -54,10 +54,11 @@ def member(name: str, folder: Path) -> None:
         mine = group.share(np.arange(BATCH))
         pixels_NHWC, labels_N = images.pixels(mine), images.labels[mine]
         answers_NC = np.zeros((len(mine), bench_training.CLASSES), np.float16)
+        random = np.random.default_rng(0)
         for step in range(WARMUP + STEPS):
             if step == WARMUP:
                 start = perf_counter()
-            trainer.step(pixels_NHWC, labels_N, answers_NC, 1.0)
+            trainer.step(pixels_NHWC, labels_N, answers_NC, 1.0, random)
         if device.type == "cuda":
             torch.cuda.synchronize()
         if group.rank == 0:

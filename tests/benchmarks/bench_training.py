@@ -79,7 +79,8 @@ def qat_step(model: nn.Module, images: ImageSet, device: torch.device, folder: P
     trainer = Trainer(simulation, folded, images, images, spec, 0, device, folder)
     simulation.set_mode(Mode.SIMULATE)
     answers_NC = np.zeros((len(images), CLASSES), np.float16)
-    return lambda: trainer.step(pixels_NHWC, images.labels, answers_NC, 1.0)
+    random = np.random.default_rng(0)
+    return lambda: trainer.step(pixels_NHWC, images.labels, answers_NC, 1.0, random)
 
 
 def seconds(step: Step, steps: int, device: torch.device) -> float:

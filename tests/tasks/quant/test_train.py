@@ -25,7 +25,7 @@ from tasks.data.images import ImageSet
 from tasks.data.preprocess import normalise
 from tasks.quant.calibrate import Progress, calibrate
 from tasks.quant.capture import capture, fold_batch_norm
-from tasks.quant.fake_quantize import Mode
+from tasks.quant.fake_quantize import FakeQuantizer, Mode
 from tasks.quant.group import Group, joined
 from tasks.quant.schemes import SCHEMES
 from tasks.quant.simulate import Simulation, simulate
@@ -175,6 +175,30 @@ def test_same_seed_gives_the_same_bits(tmp_path: Path) -> None:
     assert without_times(first_history) == without_times(second_history)
     assert is_equal(first, second)
     assert not is_equal(first, other)
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_each_step_leaves_other_activations_exact(drop: float, tmp_path: Path) -> None:
+    """As many as asked in every step, and none where the epoch is judged."""
+    simulation = badly_calibrated()
+    activations, seen, steps = simulation.activations(), list[FakeQuantizer](), list[frozenset[int]]()
+    exact = list[FakeQuantizer]()
+    for quantizer in activations:
+        quantizer.register_forward_hook(
+            lambda module, _inputs, _output: (seen if module.mode is Mode.SIMULATE else exact).append(module)
+        )
+
+    def progress(_done: int, _of: int) -> None:
+        steps.append(frozenset(map(id, exact)))
+        exact.clear()
+        seen.clear()
+
+    spec = SPEC.model_copy(update={"epochs": 1, "drop": drop})
+    train(simulation, teacher(), TRAIN, SELECTION, spec, seed=0, device=CPU, folder=tmp_path, progress=progress)
+    assert [len(step) for step in steps] == [int(drop * len(activations))] * STEPS
+    assert (len(set(steps)) > 1) == bool(drop)
+    assert set(seen) == set(activations)  # after the last step, in scoring
+    assert not exact
 
 
 def test_killed_training_goes_on_where_it_was(tmp_path: Path) -> None:
