@@ -23,10 +23,9 @@ CHANNELS = 128
 def for_amx(model: onnx.ModelProto) -> list[str]:
     """Shift the weights of layers that gain by it, in place, and name these layers."""
     graph, shifted = Graph(model), []
-    for layer, steps, zero_point in list(_large(graph)):
-        steps.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(steps) - np.int8(1), steps.name))
-        zeros = numpy_helper.to_array(zero_point)
-        zero_point.CopyFrom(numpy_helper.from_array(zeros - np.int8(1), zero_point.name))
+    for layer, *tensors in list(_large(graph)):
+        for tensor in tensors:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) - np.int8(1), tensor.name))
         shifted.append(name_of(layer))
     return shifted
 
