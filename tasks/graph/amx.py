@@ -30,6 +30,11 @@ def for_amx(model: onnx.ModelProto) -> list[str]:
     return shifted
 
 
+def is_large(steps: np.ndarray) -> bool:
+    """Whether these are the steps of a convolution [O, I, H, W] that AMX multiplies faster."""
+    return steps.dtype == np.int8 and steps.ndim == 4 and len(steps) >= CHANNELS and steps[0].size >= SUMMED
+
+
 def _large(graph: Graph) -> Iterator[tuple[NodeProto, TensorProto, TensorProto]]:
     """Layers of UINT8 inputs with large INT8 weights: the layer, the weight's steps and its zero points."""
     for layer in graph.of_type("Conv"):
@@ -41,8 +46,7 @@ def _large(graph: Graph) -> Iterator[tuple[NodeProto, TensorProto, TensorProto]]
         if len(names) != 2 or any(tensor is None or len(graph.consumers[tensor.name]) > 1 for tensor in stored):
             continue  # no zero points of its own
         steps, zeros = (graph.value(name) for name in names)
-        large = len(steps) >= CHANNELS and steps[0].size >= SUMMED
-        fits = steps.dtype == np.int8 and steps.min() > np.iinfo(np.int8).min and not zeros.any()
+        fits = is_large(steps) and steps.min() > np.iinfo(np.int8).min and not zeros.any()
         zero_point = graph.array(data, 2)
-        if large and fits and zero_point is not None and zero_point.dtype == np.uint8:
+        if fits and zero_point is not None and zero_point.dtype == np.uint8:
             yield layer, graph.constants[names[0]], graph.constants[names[1]]

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from onnx import AttributeProto, NodeProto, TensorProto, numpy_helper
 
+from tasks.graph.amx import is_large
 from tasks.graph.index import (
     CONVOLUTIONS,
     DEQUANTIZE,
@@ -83,13 +84,14 @@ def zero_points(graph: Graph, *, activation: int, symmetric: bool) -> Iterator[P
             yield name_of(node), f"a zero point of type {found}, not {kind_of(wanted)}"
         elif node.input[1] in graph.constants and dims_of(graph, node.input[2]) != dims_of(graph, node.input[1]):
             yield name_of(node), f"a zero point of shape {dims_of(graph, node.input[2])}, unlike its scale"
-        elif (symmetric or is_weight) and not _about_zero(graph.value(node.input[2]), symmetric=symmetric):
+        elif (symmetric or is_weight) and np.any(graph.array(node, 2)) and (symmetric or not _is_for_amx(graph, node)):
             yield name_of(node), "a zero point other than 0"
 
 
-def _about_zero(zero_points: np.ndarray, *, symmetric: bool) -> bool:
-    """All zero or, where the runtime takes others for weights, all as `tasks.graph.amx` writes them."""
-    return not zero_points.any() or (not symmetric and bool((zero_points == -1).all()))
+def _is_for_amx(graph: Graph, node: NodeProto) -> bool:
+    """Whether it is a large weight as `tasks.graph.amx` writes it; a small one would be slower so."""
+    steps = graph.array(node, 0)
+    return steps is not None and is_large(steps) and bool((graph.value(node.input[2]) == -1).all())
 
 
 def dims_of(graph: Graph, constant: str) -> list[int]:

@@ -167,6 +167,7 @@ ERRORS: list[tuple[SchemeName, str, str, str, Changes]] = [
     (ORT, "L03", "q0", "no zero point", {"(input, s, z)": "(input, s)", "(q0, s, z)": "(q0, s)"}),
     (ORT, "L03", "q0", "type INT8, not UINT8", {"uint8 z = {3}": "int8 z = {0}"}),
     (ORT, "L03", "w1_d", "other than 0", {"int8[8] wz = {0, ": "int8[8] wz = {1, "}),
+    (ORT, "L03", "w1_d", "other than 0", {f"int8[8] wz = {zeros(8)}": f"int8[8] wz = {zeros(8).replace('0', '-1')}"}),
     (
         ORT,
         "L03",
