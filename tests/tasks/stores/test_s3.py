@@ -410,14 +410,16 @@ def test_a_fault_while_probing_decides_nothing(
 
 
 def test_the_lock_of_a_dead_process_ends(s3_url: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its claim says for how long it counts; until then the key is locked, and that can pass."""
-    name = f"{prefix_of(s3_url)}/.locks/release.json/0-2"
-    s3_server.client().put_object(Bucket=BUCKET, Key=name, Body=b"")
+    """Its claim says for how many seconds it counts; until then the key is locked, and that can pass."""
+    client, locks = s3_server.client(), f"{prefix_of(s3_url)}/.locks/release.json"
+    client.put_object(Bucket=BUCKET, Key=f"{locks}/0-3600", Body=b"")
     with faulty(s3_server.url, no_conditions) as endpoint:
         monkeypatch.setenv("REQUANT_S3_ENDPOINT", endpoint)
         monkeypatch.setattr(s3, "_LOCK_WAIT_S", 0.2)
         with pytest.raises(TransientStoreError, match=r"release.json in .* is locked by another process"):
             open_store(s3_url).write_if("release.json", "1", None)
+        client.delete_object(Bucket=BUCKET, Key=f"{locks}/0-3600")
+        client.put_object(Bucket=BUCKET, Key=f"{locks}/0-2", Body=b"")
         monkeypatch.setattr(s3, "_LOCK_WAIT_S", 30.0)
         assert open_store(s3_url).write_if("release.json", "1", None) is not None
         assert open_store(s3_url).remove_leftovers(older_than=timedelta(seconds=-5)) == 1
