@@ -26,9 +26,9 @@ check: $(STAMP)  ## lint, format and types
 gpu-check: $(STAMP)  ## all that only a GPU can prove, into docs/results-gpu.md
 	PYTHONPATH=. $(VENV)/bin/python tests/benchmarks/gpu_check.py
 
-lock:  ## pin what pyproject.toml asks for
-	$(UV) pip compile --universal --no-strip-extras --python-version 3.11 --generate-hashes \
-	  --no-header --extra dev pyproject.toml -o requirements.lock
+lock:  ## pin what pyproject.toml asks for, one version for all Pythons
+	$(UV) pip compile --universal --fork-strategy fewest --no-strip-extras --python-version 3.11 \
+	  --generate-hashes --no-header --extra dev pyproject.toml -o requirements.lock
 	$(UV) pip compile --universal --python-version 3.12 --generate-hashes \
 	  --no-header -c requirements.lock infra/images/gpu.in -o infra/images/gpu.lock
 

@@ -6,7 +6,7 @@ import ast
 import re
 import subprocess
 import tomllib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from itertools import pairwise
@@ -177,6 +177,12 @@ def test_every_locked_requirement_has_hashes() -> None:
     for block in blocks:
         hashes = [line for line in block if re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}( \\)?", line)]
         assert hashes, f"{block[0]} has no hash"
+
+
+def test_every_python_gets_the_same_versions() -> None:
+    """What passes lint, types and tests under one Python is what the others install."""
+    names = Counter(block[0].partition("==")[0] for block in locked_blocks())
+    assert [name for name, versions in names.items() if versions > 1] == []
 
 
 @pytest.mark.parametrize("python", PYTHONS)
