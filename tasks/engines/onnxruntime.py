@@ -15,8 +15,10 @@ from tasks.engines.base import Engine, TensorInfo
 from tasks.engines.hardware import has_vnni
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+# It makes INT8 of float weights between DequantizeLinear and QuantizeLinear, one scale for all channels, so layers that
+# are kept float would not be; and INT32 of float biases: too coarse beside FP16, and not for TensorRT.
+AS_WRITTEN = {"optimization.disable_specified_optimizers": "WeightBiasQuantization"}
 GPU_CONFIG = {"session.disable_cpu_ep_fallback": "1"}  # a node that the provider does not take is an error
-GPU_LEFT_OUT = ["WeightBiasQuantization"]  # makes INT32 of biases: too coarse beside FP16, and not for TensorRT
 ERRORS_ONLY = 3  # of the severities 0 to 4
 DTYPES = {
     "tensor(float)": np.float32,
@@ -68,7 +70,7 @@ class OnnxRuntimeEngine(Engine):
 
     @property
     def _config(self) -> dict[str, str]:
-        return cpu_config() if self._provider == CPU else GPU_CONFIG
+        return (cpu_config() if self._provider == CPU else GPU_CONFIG) | AS_WRITTEN
 
     @staticmethod
     def version() -> str:
@@ -90,7 +92,6 @@ class OnnxRuntimeEngine(Engine):
                 self._path,
                 options,
                 providers=[(self._provider, self._provider_options)],
-                disabled_optimizers=None if self._provider == CPU else GPU_LEFT_OUT,
             )
         if self._session.get_providers()[0] != self._provider:  # ONNX Runtime replaces one that fails quietly
             raise EngineError(

@@ -3,7 +3,11 @@
 from tasks.stores.loader import pull
 
 pulled = pull("birds", to="engine")
-session = onnxruntime.InferenceSession(pulled.engine)
+options = onnxruntime.SessionOptions()
+for key, value in pulled.model.options.items():
+    if "." in key:  # the session's configuration, which the engine was judged with
+        options.add_session_config_entry(key, value)
+session = onnxruntime.InferenceSession(pulled.engine, options)
 labels = pulled.model.serving.labels
 """
 

@@ -13,7 +13,15 @@ from onnxruntime.capi import onnxruntime_pybind11_state
 
 from tasks.contracts.errors import EngineError
 from tasks.engines import hardware
-from tasks.engines.onnxruntime import CUDA, TENSORRT, VENDOR_ERRORS, OnnxRuntimeEngine, cpu_config, engine_errors
+from tasks.engines.onnxruntime import (
+    AS_WRITTEN,
+    CUDA,
+    TENSORRT,
+    VENDOR_ERRORS,
+    OnnxRuntimeEngine,
+    cpu_config,
+    engine_errors,
+)
 
 
 @pytest.fixture
@@ -78,7 +86,7 @@ def test_the_session_has_the_options_that_are_recorded(gather: Path) -> None:
         assert session.inter_op_num_threads == int(engine.options["inter_op_num_threads"]) == 1
         assert session.graph_optimization_level == ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         assert engine.options["graph_optimization_level"] == "ORT_DISABLE_ALL"
-        for key in ("session.intra_op.allow_spinning", "session.x64quantprecision"):
+        for key in (*cpu_config(), *AS_WRITTEN):
             assert session.get_session_config_entry(key) == engine.options[key]
 
 
@@ -102,6 +110,26 @@ def test_the_largest_products_do_not_saturate(tmp_path: Path) -> None:
     with OnnxRuntimeEngine(tmp_path / "convolve.onnx", threads=1) as engine:
         (sums_NCHW,) = engine.run({"image": np.full((1, 64, 8, 8), 255, np.uint8)}).values()
     assert (sums_NCHW == 200).all()
+
+
+def test_a_layer_that_is_kept_float_stays_float(tmp_path: Path) -> None:
+    """Between DequantizeLinear and QuantizeLinear too: a small channel beside a large one is not rounded away."""
+    text = """
+    <ir_version: 10, opset_import: ["": 21]>
+    keep (uint8[N, 1, 8, 8] image) => (uint8[N, 2, 8, 8] answer)
+    <float step = {0.01}, uint8 zero = {0}, float[2, 1, 1, 1] weight = {100.0, 0.1}>
+    {
+      value = DequantizeLinear(image, step, zero)
+      product = Conv(value, weight)
+      part = Relu(product)
+      answer = QuantizeLinear(part, step, zero)
+    }
+    """
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "keep.onnx")
+    with OnnxRuntimeEngine(tmp_path / "keep.onnx", threads=1) as engine:
+        (answer_NCHW,) = engine.run({"image": np.full((1, 1, 8, 8), 200, np.uint8)}).values()
+    assert (answer_NCHW[:, 0] == 255).all()
+    assert (answer_NCHW[:, 1] == 20).all()
 
 
 @pytest.mark.parametrize(("flags", "precision"), [("avx2", "1"), ("avx2 avx512_vnni", "0"), ("avx_vnni amx_int8", "0")])
