@@ -347,6 +347,18 @@ def checked(kind: type[S], values: Any, *, origin: str, remedy: str = "Mend thes
         raise SpecError(f"{origin}: " + "; ".join(mistakes) + ".", remedy=remedy) from error
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice: YAML's readers keep the last, and a gate would be gone."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = set[str]()
+        for key, _ in node.value:
+            if key.value in keys:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            keys.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_spec(path: Path, *, remedy: str = "Start with `name:`.") -> dict[str, Any]:
     """The mapping in a YAML file, not yet checked.
 
@@ -354,7 +366,7 @@ def read_spec(path: Path, *, remedy: str = "Start with `name:`.") -> dict[str, A
         SpecError: if the file is missing, is not YAML, or holds no mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 it is a SafeLoader
     except OSError as error:
         raise SpecError(f"{path}: {error.strerror}.", remedy="Name a spec file that can be read.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

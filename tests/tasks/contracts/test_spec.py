@@ -104,6 +104,8 @@ def test_a_file_is_read_as_a_mapping(tmp_path: Path) -> None:
         (b"name: [a", r"is not YAML.*Mend the file"),
         (b"name: a\n\tb: c", r"is not YAML"),
         (b"\xff\xfe\x00name", r"is not YAML"),
+        (b"gates: {min_speedup: 2}\nname: a\ngates: {}\n", r"is not YAML: gates is given twice"),
+        (b"gates: {min_speedup: 2, min_speedup: 1}", r"is not YAML: min_speedup is given twice"),
         (b"- a\n- b\n", r"holds list, not a mapping.*Start with `name:`"),
         (b"", r"holds NoneType, not a mapping"),
         (b"digits", r"holds str, not a mapping"),
