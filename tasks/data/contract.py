@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from pydantic import ValidationError
 
 from tasks.contracts.errors import DataError, DataRejected
 from tasks.contracts.records import SPLITS, ArtifactRef, DataCheck, Finding
@@ -23,6 +24,7 @@ from tasks.data.manifest import build_manifest
 from tasks.data.preprocess import resolve_preprocess
 from tasks.data.sources import some
 from tasks.stores.base import Store
+from tasks.stores.registry import passed_records
 
 GATE = "gate:"  # in front of a path: it lies below data.gate_source
 THUMBNAILS = 8  # pictures per finding
@@ -56,14 +58,14 @@ class Past:
 
 
 def last_accepted(store: Store, name: str) -> Past | None:
-    """Of the model `name`; None if no run of it has passed its gates."""
-    prefix = f"models/{name}/runs/"
-    for key in reversed(store.list(prefix)):
-        if key.endswith("/record.json"):
-            record = json.loads(store.read_text(key) or "{}")
-            if record.get("decision", {}).get("passed") and "check" in record:
-                check = DataCheck.model_validate_json(json.dumps(record["check"]))
-                return Past(key.removeprefix(prefix).partition("/")[0], check.digest, check.manifest)
+    """Of the model `name`; None if none has passed its gates whose record can be read and whose manifest is stored."""
+    for key, record in passed_records(store, name):
+        try:
+            check = DataCheck.model_validate_json(json.dumps(record.get("check")))
+        except ValidationError:
+            continue  # without data, or of another version of requant
+        if store.renew(check.manifest):
+            return Past(key.split("/")[-2], check.digest, check.manifest)
     return None
 
 

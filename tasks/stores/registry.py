@@ -178,13 +178,24 @@ def last_good_run(store: Store, name: str) -> datetime | None:
     settled = store.entry(settled_key(name))
     if settled is not None:
         return settled.modified
-    records = {entry.key: entry.modified for entry in store.entries(f"models/{name}/runs/")}
-    for key in sorted(records, reverse=True):  # names of runs rise with time
-        if key.endswith("/record.json"):
-            record: Any = json.loads(store.read_text(key) or "{}")
-            if record.get("decision", {}).get("passed"):
-                return records[key]
+    for key, _ in passed_records(store, name):
+        entry = store.entry(key)
+        if entry is not None:
+            return entry.modified
     return None
+
+
+def passed_records(store: Store, name: str) -> Iterator[tuple[str, Any]]:
+    """Keys and records of the runs of `name` that passed their gates, the newest first; none that cannot be read."""
+    for key in reversed(store.list(f"models/{name}/runs/")):  # names of runs rise with time
+        if key.endswith("/record.json"):
+            try:
+                record = json.loads(store.read_text(key) or "{}")
+            except ValueError:
+                continue
+            match record:
+                case {"decision": {"passed": True}}:
+                    yield key, record
 
 
 def lineage(now: Champion) -> list[int]:

@@ -157,9 +157,10 @@ def test_the_digest_follows_names_labels_and_files(folder: Path, tmp_path: Path)
 
 
 def test_data_are_compared_with_those_of_the_last_accepted_run(folder: Path, tmp_path: Path) -> None:
-    """Rejected runs, runs without such a record and other models do not count."""
+    """Rejected runs, other models, and what cannot be read or is not stored any more do not count."""
     store = LocalStore(tmp_path / "store")
     first = judged(spec_of(folder), tmp_path)
+    gone = first.manifest.model_copy(update={"key": first.manifest.key.replace("objects/", "objects/other-")})
 
     def record(model: str, run: str, passed: bool, check: DataCheck | None) -> None:
         values = {"decision": {"passed": passed}} | (
@@ -174,6 +175,14 @@ def test_data_are_compared_with_those_of_the_last_accepted_run(folder: Path, tmp
     record("cars", "20260104", True, first)
     past = last_accepted(store, "pets")
     assert past == Past("20260101", first.digest, first.manifest)
+
+    record("pets", "20260105", True, first.model_copy(update={"manifest": gone}))
+    newer = json.loads(first.model_dump_json()) | {"of_a_newer_version": 1}
+    for run, text in (
+        ("20260106", json.dumps({"decision": {"passed": True}, "check": newer})), ("20260107", "{"), ("20260108", "[]"),
+    ):  # fmt: skip
+        store.write_text(f"models/pets/runs/{run}/record.json", text)
+    assert last_accepted(store, "pets") == past
 
     for path in folder.rglob("*.png"):
         with Image.open(path) as image:
