@@ -7,7 +7,7 @@ from typing import Any
 
 from prefect import flow, get_run_logger, runtime
 
-from tasks.contracts.announcement import read_announcement
+from tasks.contracts.announcement import News, read_announcement
 from tasks.contracts.errors import GateRejected
 from tasks.contracts.spec import RunSpec
 from tasks.find_changes import find_changes, note_inputs, unchanged
@@ -32,11 +32,29 @@ def requantize(spec: RunSpec, trigger: Trigger = "by hand", cause: str | None = 
         trigger: What starts the run; it is part of its name.
         cause: Why there is a run, in a few words; shown in the report.
     """
+    return _requantize(spec, trigger, cause)
+
+
+@flow(name="requantize", flow_run_name=run_name)
+def requantize_retrained(spec: RunSpec, announcement: Any = None) -> RunReport:
+    """The same for weights that were announced as retrained.
+
+    Args:
+        spec: What to produce; weights and data are those of the announcement.
+        announcement: The event: id, model and payload. Anything is taken, so that what does not fit is a failed run
+            with a reason, and not an event that nobody sees.
+    """
+    announced = read_announcement(announcement)
+    return _requantize(spec, "retrain", announced.cause, announced.payload)
+
+
+def _requantize(spec: RunSpec, trigger: Trigger, cause: str | None, news: News | None = None) -> RunReport:
     if cause is not None:
         get_run_logger().info("started by: %s", cause)
-    changes = find_changes(spec)
+    changes = find_changes(spec, trigger, news)
     if changes.report is not None:
         return unchanged(changes)  # type: ignore[return-value]  # Prefect makes it the run's state, and gives the report
+    spec = changes.spec  # with the weights of the last retraining
 
     # Only now, as PyTorch and its kin take longer to load than a night with no change lasts.
     from flows.build import build_and_score, quantize
@@ -77,16 +95,3 @@ def requantize(spec: RunSpec, trigger: Trigger = "by hand", cause: str | None = 
     release_engine(report)
     note_inputs(changes, report)
     return report
-
-
-@flow(name="requantize", flow_run_name=run_name)
-def requantize_retrained(spec: RunSpec, announcement: Any = None) -> RunReport:
-    """The same for weights that were announced as retrained.
-
-    Args:
-        spec: What to produce; weights and data are those of the announcement.
-        announcement: The event: id, model and payload. Anything is taken, so that what does not fit is a failed run
-            with a reason, and not an event that nobody sees.
-    """
-    announced = read_announcement(announcement)
-    return requantize.fn(announced.applied_to(spec), "retrain", announced.cause)

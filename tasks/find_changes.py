@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 from pydantic import ValidationError
 
+from tasks.contracts.announcement import News
 from tasks.contracts.errors import ReleaseError, RequantError, TransientStoreError
 from tasks.contracts.records import Inputs, Settled
 from tasks.contracts.settings import Settings
@@ -26,7 +27,7 @@ from tasks.contracts.spec import RunSpec
 from tasks.data.state import data_state
 from tasks.engines.hardware import hardware
 from tasks.models.origin import architecture_digest, weights_state
-from tasks.report.content import RunReport
+from tasks.report.content import RunReport, Trigger
 from tasks.step import GPU_RUNTIMES, LIBRARIES, artifact_key, disk_errors, run_prefix, step, the_store
 from tasks.stores.base import Store
 from tasks.stores.registry import champion, read_release, settled_key
@@ -43,23 +44,40 @@ class Changes:
     """What has changed since the last run that passed."""
 
     reason: str  # in words, for people
+    spec: RunSpec  # with the weights and data of a retraining
     inputs: Inputs | None = None  # None if they cannot be told; the step that needs what is missing says so
     last: Settled | None = None
     report: RunReport | None = None  # of the last run, if nothing has changed
+    news: News | None = None  # of that retraining
+    replaced: str = ""  # digest of the spec's own data and weights
 
 
 @step("find changes")
-def find_changes(spec: RunSpec) -> Changes:
+def find_changes(spec: RunSpec, trigger: Trigger = "by hand", news: News | None = None) -> Changes:
     """Compare all that decides the run with what decided the last one of this model that passed.
 
     Nothing has changed only if the champion is as that run left it, trusted, and all that both refer to still held.
+    A night keeps the retraining that the last such run took in, until somebody changes the spec's own weights or data.
+
+    Args:
+        spec: As it was deployed or given.
+        trigger: What starts the run.
+        news: A retraining that this run is to take in.
     """
-    store, name = the_store(), spec.name
+    store, name, logger = the_store(), spec.name, get_run_logger()
     with disk_errors():
-        changes = _changes(spec, store)
+        last = _last(store, name) if trigger == "nightly" else None
+        own = _own(spec) if news or (last and last.news) else ""
+        if last is not None and last.replaced == own:
+            news = last.news
+        if news is not None:
+            logger.info("weights %s, as announced, in place of %s", news.weights, spec.model.weights)
+            spec = news.applied_to(spec)
+        changes = replace(_changes(spec, store), news=news, replaced=own)
         if changes.report is not None and changes.last is not None:
-            _note(store, name, changes.last)  # its age says when all was last well
-    get_run_logger().info("%s", changes.reason)
+            taken = {} if news is None else {"news": news, "replaced": own}
+            _note(store, name, changes.last.model_copy(update=taken))  # its age says when all was last well
+    logger.info("%s", changes.reason)
     if changes.inputs is not None and changes.last is not None:
         before = dict(changes.last.inputs)
         rows = [
@@ -77,7 +95,9 @@ def note_inputs(changes: Changes, report: RunReport) -> None:
     number = champion(store, name).release
     if changes.inputs is not None and number is not None:
         with disk_errors():
-            _note(store, name, Settled(run=report.run_id, inputs=changes.inputs, champion=number))
+            _note(store, name, Settled(
+                run=report.run_id, inputs=changes.inputs, champion=number, news=changes.news, replaced=changes.replaced,
+            ))  # fmt: skip
 
 
 def is_unchanged(spec: RunSpec) -> bool:
@@ -115,10 +135,10 @@ def _changes(spec: RunSpec, store: Store) -> Changes:
     except TransientStoreError:
         raise
     except (RequantError, OSError):
-        return Changes("what decides this run cannot be told beforehand")
+        return Changes("what decides this run cannot be told beforehand", spec)
     last = _last(store, spec.name)
     if last is None:
-        return Changes(f"no run of {spec.name} has passed yet", inputs)
+        return Changes(f"no run of {spec.name} has passed yet", spec, inputs)
     since, before = f"since run {last.run}", dict(last.inputs)
     changed = [
         f"{what} ({before[what][:_SHOWN]} \N{RIGHTWARDS ARROW} {now[:_SHOWN]})"
@@ -126,17 +146,17 @@ def _changes(spec: RunSpec, store: Store) -> Changes:
         if now != before[what]
     ]
     if changed:
-        return Changes(f"changed {since}: {', '.join(changed)}", inputs, last)
+        return Changes(f"changed {since}: {', '.join(changed)}", spec, inputs, last)
     if Settings().redo:
-        return Changes(f"nothing changed {since}, but REQUANT_REDO asks for all steps again", inputs, last)
+        return Changes(f"nothing changed {since}, but REQUANT_REDO asks for all steps again", spec, inputs, last)
     if _is_partly_elsewhere(spec):
-        return Changes(f"nothing changed {since} here; other machines are asked by their steps", inputs, last)
+        return Changes(f"nothing changed {since} here; other machines are asked by their steps", spec, inputs, last)
     report, missing = _report(store, spec.name, last)
     if report is None:
-        return Changes(f"nothing changed {since}, but {missing}", inputs, last)
+        return Changes(f"nothing changed {since}, but {missing}", spec, inputs, last)
     same = ", ".join(f"{what} {digest[:_SHOWN]}" for what, digest in inputs)
     kept = f"release {last.champion} stays champion"
-    return Changes(f"nothing changed {since}: {same} are the same; {kept}", inputs, last, report)
+    return Changes(f"nothing changed {since}: {same} are the same; {kept}", spec, inputs, last, report)
 
 
 def _report(store: Store, name: str, last: Settled) -> tuple[RunReport | None, str]:
@@ -157,6 +177,17 @@ def _report(store: Store, name: str, last: Settled) -> tuple[RunReport | None, s
         if not store.renew(ref):  # what is used counts as new, so that nobody collects it
             return None, f"{ref.key} is no longer held in full"
     return report, ""
+
+
+def _own(spec: RunSpec) -> str:
+    """Digest of the spec's own data and weights; what cannot be read is as good as any other that cannot."""
+    try:
+        weights = spec.model.weights
+        return _digest([data_state(spec.data), None if weights is None else weights_state(weights)])
+    except TransientStoreError:
+        raise
+    except (RequantError, OSError):
+        return ""
 
 
 def _note(store: Store, name: str, note: Settled) -> None:

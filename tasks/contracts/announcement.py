@@ -20,6 +20,13 @@ class News(Section):
     weights: str = Field(..., min_length=1, description="Where the new weights are; the worker must reach them.")
     data: str | None = Field(None, min_length=1, description="A new source of images; the spec's own if not given.")
 
+    def applied_to(self, spec: RunSpec) -> RunSpec:
+        """The model's spec with what is new."""
+        changed: dict[str, Any] = {"model": spec.model.model_copy(update={"weights": self.weights})}
+        if self.data is not None:
+            changed["data"] = spec.data.model_copy(update={"source": self.data})
+        return spec.model_copy(update=changed)
+
 
 class Announcement(Section):
     """The event, as the trigger hands it over."""
@@ -33,13 +40,6 @@ class Announcement(Section):
         """For logs and the report."""
         data = f", data {self.payload.data}" if self.payload.data else ""
         return f"event {self.id}: {self.model} was retrained, weights {self.payload.weights}{data}"
-
-    def applied_to(self, spec: RunSpec) -> RunSpec:
-        """The model's spec with what is new."""
-        changed: dict[str, Any] = {"model": spec.model.model_copy(update={"weights": self.payload.weights})}
-        if self.payload.data is not None:
-            changed["data"] = spec.data.model_copy(update={"source": self.payload.data})
-        return spec.model_copy(update=changed)
 
 
 def read_announcement(values: Any) -> Announcement:

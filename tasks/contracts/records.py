@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from tasks.contracts.announcement import News
 from tasks.contracts.spec import PreprocessSpec
 
 SplitName = Literal["train", "calibration", "selection", "gate"]
@@ -450,3 +451,5 @@ class Settled(Record):
     run: str
     inputs: Inputs
     champion: int
+    news: News | None = None  # the retraining that it took in, which the model's spec does not know of
+    replaced: str = ""  # digest of the spec's own data and weights at that time

@@ -13,16 +13,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
+from prefect import Flow
 from prefect.client.schemas.objects import State
 from torch.nn import functional
 
-from flows.requantize import requantize
+from flows.requantize import requantize, requantize_retrained
 from tasks.contracts.spec import RunSpec, spec_from
 from tasks.data.images import prepare_images
 from tasks.models.architectures import build_model
@@ -200,9 +202,21 @@ class Place:
     def run(self, values: Mapping[str, Any], **sections: Mapping[str, Any]) -> Run:
         """Run the flow in this process; `sections` go over `values`."""
         merged = {key: {**values.get(key, {}), **changes} for key, changes in sections.items()}
-        spec = spec_from({**values, **merged}, origin="test")
+        return self._run(requantize, {**values, **merged})
+
+    def night(self, values: Mapping[str, Any]) -> Run:
+        """The same as a schedule starts it."""
+        return self._run(requantize, values, trigger="nightly")
+
+    def retrain(self, values: Mapping[str, Any], weights: Path) -> Run:
+        """The same after an announcement."""
+        news = {"id": str(uuid4()), "model": values["name"], "payload": {"weights": str(weights)}}
+        return self._run(requantize_retrained, values, announcement=news)
+
+    def _run(self, flow: Flow[..., Any], values: Mapping[str, Any], **parameters: Any) -> Run:
+        spec = spec_from(values, origin="test")
         with self._entered(), _kept_log() as lines:
-            state: State[Any] = requantize(spec, return_state=True)
+            state: Any = flow(spec, **parameters, return_state=True)
         return Run(state, tuple(lines))
 
     @contextmanager

@@ -118,6 +118,37 @@ def test_other_weights_start_from_the_model(after_first: Place, plain: dict[str,
     assert after_first.run(plain).state.name == "Unchanged"
 
 
+def test_a_night_keeps_a_retraining(after_first: Place, plain: dict[str, Any]) -> None:
+    """It does not bring back the weights that its spec names, until there are others."""
+    own, new = after_first.path / "plain.safetensors", after_first.path / "retrained.safetensors"
+    state = safetensors.torch.load_file(own)
+    safetensors.torch.save_file({name: tensor * 1.001 for name, tensor in state.items()}, new)
+    assert after_first.retrain(plain, new).state.name == "Completed"
+    for _ in range(2):
+        night = after_first.night(plain)
+        assert night.state.name == "Unchanged"
+        assert night.report.spec.model.weights == str(new)
+    assert read_release(LocalStore(after_first.store), "plain", 2).release.number == 2
+
+    safetensors.torch.save_file({name: tensor * 1.002 for name, tensor in state.items()}, own)
+    night = after_first.night(plain)
+    assert changed(night) == {"weights", "spec"}
+    assert night.report.spec.model.weights == plain["model"]["weights"]
+    assert after_first.night(plain).state.name == "Unchanged"
+
+
+def test_a_run_by_hand_takes_its_spec_as_it_is(after_first: Place, plain: dict[str, Any]) -> None:
+    """After a retraining too; and the nights after it keep what it made."""
+    own, new = after_first.path / "plain.safetensors", after_first.path / "retrained.safetensors"
+    state = safetensors.torch.load_file(own)
+    safetensors.torch.save_file({name: tensor * 1.001 for name, tensor in state.items()}, new)
+    assert after_first.retrain(plain, new).state.name == "Completed"
+    assert changed(after_first.run(plain)) == {"weights", "spec"}
+    night = after_first.night(plain)
+    assert night.state.name == "Unchanged"
+    assert night.report.spec.model.weights == plain["model"]["weights"]
+
+
 def test_a_new_file_in_a_folder_is_looked_at(place: Place, mobile: dict[str, Any]) -> None:
     """The data are judged anew, and the model is not loaded again."""
     assert place.run(mobile).state.is_completed()
