@@ -8,18 +8,17 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
-from torch import nn
 
 from tasks.contracts.errors import StoreError
 from tasks.contracts.records import DataCheck
 from tasks.contracts.settings import Settings
 from tasks.contracts.spec import RunSpec
 from tasks.data.contract import check_contract, last_accepted, take_manifest, thumbnails
-from tasks.data.images import open_sources, prepare_images
+from tasks.data.images import prepare_images
 from tasks.data.preprocess import resolve_preprocess
 from tasks.data.sources import SHOWN
 from tasks.data.view import check_view
-from tasks.models.architectures import build_model
+from tasks.models.architectures import build_model, num_outputs
 from tasks.models.weights import load_weights
 from tasks.report.content import broken_first, check_headline
 from tasks.report.html import check_as_html
@@ -36,7 +35,6 @@ def check_and_report(spec: RunSpec, page: Path | None) -> tuple[DataCheck, str]:
     settings = Settings()
     store, scratch = open_store(settings.store), settings.scratch
     resolve_preprocess(spec.model, spec.data)  # what it lacks should not wait for the images
-    network = _float_model(spec)
     with workspace(scratch) as work:
         with _bar("reading images") as progress:
             frame = take_manifest(spec.data, scratch, progress)
@@ -49,10 +47,12 @@ def check_and_report(spec: RunSpec, page: Path | None) -> tuple[DataCheck, str]:
                 store,
                 work,
             )
-        if network is not None and not check.breaches:
+        if spec.model.weights is not None and not check.breaches:  # without weights its rules are not judged
             images = prepare_images(spec.model, spec.data, spec.seed, scratch)
+            network = build_model(spec.model, num_outputs(spec.model, images.class_names))
+            load_weights(network, spec.model.weights, spec.model.architecture)
             with _bar("looking at them through the float model") as progress:
-                findings, _ = check_view(network, images, spec, progress)
+                findings, _ = check_view(network.eval(), images, spec, progress)
             check = check.model_copy(update={"findings": check.findings + findings})
     text = check_as_html(spec.name, check, thumbnails(spec.data, check.findings))
     if page is None:
@@ -78,16 +78,6 @@ def lines_of(check: DataCheck) -> Iterator[str]:
         if finding.num_offenders > SHOWN:
             yield f"    and {finding.num_offenders - SHOWN:,} more"
     yield "kept  " + ", ".join(finding.rule for finding in check.findings if finding.passed)
-
-
-def _float_model(spec: RunSpec) -> nn.Module | None:
-    """The model, if the spec says which weights and how many classes; without it its rules are not judged."""
-    if spec.model.weights is None:
-        return None
-    class_names = spec.model.class_names or open_sources(spec.data)[0].class_names
-    network = build_model(spec.model, len(class_names))
-    load_weights(network, spec.model.weights, spec.model.architecture)
-    return network.eval()
 
 
 @contextmanager

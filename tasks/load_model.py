@@ -10,7 +10,7 @@ from torch import nn
 from tasks.contracts.errors import ModelError
 from tasks.contracts.records import DataRecord, ModelRecord
 from tasks.contracts.spec import ModelSpec, RunSpec
-from tasks.models.architectures import build_model
+from tasks.models.architectures import build_model, num_outputs
 from tasks.models.origin import architecture_digest, weights_digest
 from tasks.models.weights import load_weights, save_weights
 from tasks.step import remember, step, the_store
@@ -27,12 +27,7 @@ def load_model(spec: RunSpec, data: DataRecord) -> ModelRecord:
             f"model.weights is not given for {spec.model.architecture}; random weights have nothing to preserve.",
             remedy="Name a .safetensors or .pth file, or torchvision weights such as DEFAULT.",
         )
-    num_classes = spec.model.num_classes or len(data.class_names)
-    if num_classes != len(data.class_names):  # more would be answers that no class of the data can be
-        raise ModelError(
-            f"The model has {num_classes} outputs and the data {len(data.class_names)} classes.",
-            remedy="Give data with the model's classes, in the same order, or leave model.num_classes out.",
-        )
+    num_classes = num_outputs(spec.model, data.class_names)
 
     def compute(store: Store, work: Path) -> ModelRecord:
         model = build_model(spec.model, num_classes)

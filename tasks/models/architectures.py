@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from types import ModuleType
 from typing import Any
@@ -41,6 +41,20 @@ def build_model(spec: ModelSpec, num_classes: int) -> nn.Module:
             remedy="Let the factory return the model.",
         )
     return model.eval()
+
+
+def num_outputs(spec: ModelSpec, class_names: Sequence[str]) -> int:
+    """One for each class of the data: more would be answers that no class can be.
+
+    Raises:
+        ModelError: if the spec wants another number.
+    """
+    if spec.num_classes not in (None, len(class_names)):
+        raise ModelError(
+            f"The model has {spec.num_classes} outputs and the data {len(class_names)} classes.",
+            remedy="Give data with the model's classes, in the same order, or leave model.num_classes out.",
+        )
+    return len(class_names)
 
 
 def find_architecture(architecture: str) -> Callable[..., Any]:

@@ -147,13 +147,18 @@ def test_data_are_checked_by_themselves(place: Place) -> None:
     assert (place.store / "models/mobile/data.html").is_file()
 
     (place.path / "shapes/disc/00.png").write_text("<html>404</html>")
-    end = place.call("check-data", "mobile.yaml", "--report", "data.html")
-    assert end.status == 3
+    end = place.call("check-data", "mobile.yaml", "--report", "data.html", "--set", "model.num_classes=4")
+    assert end.status == 3  # whether the model fits can be told of good data only
     assert "critical  decodes: decodes completely" in end.stdout
     assert "    disc/00.png (is no JPEG, PNG" in end.stdout
     assert end.stdout.rstrip().endswith("report: data.html")
     assert "found 99.58 % of 240 images, limit true of all images. Mend or remove" in end.stdout
     assert "disc/00.png" in (place.path / "data.html").read_text()
+
+    (place.path / "shapes/disc/00.png").unlink()
+    end = place.call("check-data", "mobile.yaml", "--set", "model.num_classes=4")
+    assert end.status == 1
+    assert "ModelError: The model has 4 outputs and the data 3 classes." in end.stderr
 
     end = place.call("check-data", "mobile.yaml", "--report", "nowhere/data.html")
     assert end.status == 1
