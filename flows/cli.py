@@ -194,7 +194,9 @@ def up(
         Path | None, typer.Argument(help="As for deploy; by default that of last time, or fleet.yaml if there is one.")
     ] = None,
     state: State = Path(".requant/up"),
-    port: Annotated[int, typer.Option(help="Of the Prefect server, on loopback.")] = 4200,
+    port: Annotated[
+        int | None, typer.Option(help="Of the server, on loopback: that of last time, or 4200.", min=1, max=65535)
+    ] = None,
     database: Annotated[
         Literal["auto", "postgresql", "sqlite"], typer.Option(help="auto: PostgreSQL where it is installed.")
     ] = "auto",

@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 Database = Literal["auto", "postgresql", "sqlite"]  # what keeps Prefect's record of runs
 MARK = "REQUANT_STARTED_FROM"  # in the environment of all that is started here, so that it is known again
 START_S, STOP_S = 300.0, 90.0
+PORT = 4200  # Prefect's own
 LONGEST_SOCKET = 107  # bytes that Linux allows in the path of a Unix socket
 
 CONF = """\
@@ -87,13 +88,13 @@ class Program:
     user: str | None = None
 
 
-def up(state: Path, *, fleet: Path | None, port: int, database: Database, num_runs: int) -> Iterator[str]:
+def up(state: Path, *, fleet: Path | None, port: int | None, database: Database, num_runs: int) -> Iterator[str]:
     """Start what does not run yet, deploy the fleet, and say where things are.
 
     Args:
         state: folder of the database, logs and sockets.
         fleet: file that says what runs in production; if not given, that of last time, or fleet.yaml if there is one.
-        port: of the Prefect server, which listens on loopback alone.
+        port: of the Prefect server, which listens on loopback alone; if not given, that of last time, or PORT.
         num_runs: at once, on the CPU.
 
     Raises:
@@ -110,20 +111,26 @@ def up(state: Path, *, fleet: Path | None, port: int, database: Database, num_ru
             f"{longest} is longer than the {LONGEST_SOCKET} bytes that the path of a socket may have.",
             remedy="Give a shorter folder with --state.",
         )
-    url = f"http://127.0.0.1:{port}/api"
-    where = {**_settings(store), "PREFECT_API_URL": url, "PREFECT_HOME": str(state / "prefect")}
     with _alone(state):
+        known = _known_port(state)
+        port = port or known or PORT
+        url = f"http://127.0.0.1:{port}/api"
+        where = {**_settings(store), "PREFECT_API_URL": url, "PREFECT_HOME": str(state / "prefect")}
+        is_running = _supervisor(state, "pid").returncode == 0
+        if not is_running:
+            _end(_ours(state))  # of a supervisord that was killed
+        if not is_running or port != known:
+            _check_port(port)
         postgres = _postgres(state, database)
         programs = [*postgres, _server(state, port, bool(postgres)), *_workers(where, num_runs, gpus)]
         _write_conf(state, programs)
-        if _supervisor(state, "pid").returncode == 0:
+        if is_running:
             _supervisor(state, "update")  # restarts what has changed
             _supervisor(state, "start", "all")  # and what was given up
         else:
-            _end(_ours(state))  # of a supervisord that was killed
-            _check_port(port)
             _start(state)
-        _await(state, lambda: answers(f"{url}/health"), "the server")
+        # What answers must be ours: another server would lose its fleet to this one.
+        _await(state, lambda: _listens(state, port) and answers(f"{url}/health"), "the server")
         os.environ.update(where)  # Prefect reads it when it is imported
         from flows.deploy import deploy
 
@@ -352,6 +359,23 @@ def _quoted(value: str) -> str:
 def _supervisor(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = (sys.executable, "-m", "supervisor.supervisorctl", "-c", str(state / "supervisord.conf"), *arguments)
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def _known_port(state: Path) -> int | None:
+    """That of last time, as the server's command has it."""
+    conf = state / "supervisord.conf"
+    found = re.search(r"^command=.* server start .*--port (\d+)$", conf.read_text(), re.M) if conf.exists() else None
+    return int(found[1]) if found else None
+
+
+def _listens(state: Path, port: int) -> bool:
+    """Whether it is a process of ours that does."""
+    for process in _ours(state):
+        with suppress(psutil.Error):  # has ended
+            for connection in process.net_connections("tcp"):
+                if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
+                    return True
+    return False
 
 
 def _check_port(port: int) -> None:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -61,8 +62,9 @@ class Machine:
         assert status in (None, ended.returncode), ended.stdout + ended.stderr + self.logs()
         return ended.stdout + ended.stderr
 
-    def up(self, *arguments: str) -> str:
-        return self.call("up", "--port", str(self.port), *arguments)
+    def up(self, *arguments: str, status: int = 0, **more: str) -> str:
+        """For the first time; after that the port is known."""
+        return self.call("up", "--port", str(self.port), *arguments, status=status, **more)
 
     def pids(self) -> dict[str, int]:
         """Of all that runs, by name."""
@@ -81,15 +83,46 @@ def machine() -> Iterator[Machine]:
     """With a short path, as sockets need, which PostgreSQL's user can enter where tests run as root."""
     folder = Path(tempfile.mkdtemp(prefix="requant-"))
     folder.chmod(0o755)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        machine = Machine(folder, free.getsockname()[1])
+    machine = Machine(folder, free_port())
     try:
         yield machine
     finally:
         for process in _ours(machine.state):
             process.kill()
         shutil.rmtree(folder)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+class Answers(HTTPServer):
+    """Somebody else's server, which answers everything with its status."""
+
+    status = 200
+
+
+@contextmanager
+def answering(port: int) -> Iterator[Answers]:
+    class Handler(BaseHTTPRequestHandler):
+        server: Answers
+
+        def do_GET(self) -> None:
+            self.send_response(self.server.status)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with Answers(("127.0.0.1", port), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = 400) -> Any:
@@ -130,8 +163,13 @@ def test_from_nothing_to_a_run_and_back_to_nothing(machine: Machine) -> None:
     body = {"parameters": {"spec": spec_in(machine.folder)}, "state": {"type": "SCHEDULED"}}
     run = machine.post(f"/deployments/{deployment['id']}/create_flow_run", body)["id"]
 
-    machine.up()  # again, while a run is under way
+    machine.call("up")  # again, while a run is under way
     assert machine.pids() == first
+    with answering(free_port()) as other:
+        refused = machine.call("up", "--port", str(other.server_port), status=1)
+        assert f"Port {other.server_port} cannot be had" in refused
+    assert machine.pids() == first
+    assert machine.url in machine.call("up")  # what was refused is not remembered
     ended = wait_for(
         lambda: (found := httpx.get(f"{machine.url}/flow_runs/{run}").json())["state_type"]
         in ("COMPLETED", "FAILED", "CRASHED") and found,
@@ -166,10 +204,9 @@ def test_a_killed_supervisord_leaves_nothing_for_long(machine: Machine) -> None:
 def test_a_taken_port_is_refused_before_anything_starts(machine: Machine) -> None:
     """By whom it is taken is not ours to end."""
     with socket.create_server(("127.0.0.1", machine.port)):
-        assert f"Port {machine.port} cannot be had" in machine.call(
-            "up", "--port", str(machine.port), "--database", "sqlite", status=1
-        )
+        assert f"Port {machine.port} cannot be had" in machine.up("--database", "sqlite", status=1)
     assert _ours(machine.state) == []
+    assert not (machine.state / "supervisord.conf").exists()
 
 
 def test_a_path_that_no_socket_can_have_is_refused(machine: Machine) -> None:
@@ -184,8 +221,8 @@ def test_each_gpu_has_a_worker_of_its_own(machine: Machine, tmp_path: Path) -> N
     tool.write_text("#!/bin/sh\necho GPU-1a; echo GPU-2b\n")
     tool.chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
-    with socket.create_server(("127.0.0.1", machine.port)):  # the configuration is all that is wanted
-        machine.call("up", "--port", str(machine.port), "--database", "sqlite", status=1, PATH=path)
+    (machine.state / "logs/supervisord.log").mkdir(parents=True)  # the configuration is all that is wanted
+    assert "supervisord does not start" in machine.up("--database", "sqlite", status=1, PATH=path)
     conf = configparser.RawConfigParser(comment_prefixes=(";",))
     conf.read(machine.state / "supervisord.conf")
     workers = {name: conf[name] for name in conf.sections() if name.startswith("program:worker-gpu")}
@@ -203,26 +240,15 @@ def test_each_gpu_has_a_worker_of_its_own(machine: Machine, tmp_path: Path) -> N
 def test_a_worker_waits_for_its_server(machine: Machine) -> None:
     """The command starts when the server answers with health, and not when it merely listens."""
 
-    class Answers(BaseHTTPRequestHandler):
-        status = 503
-
-        def do_GET(self) -> None:
-            self.send_response(self.status)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", machine.port), Answers) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
+    with answering(machine.port) as server:
+        server.status = 503
         command = [sys.executable, "-m", "flows.after_server", sys.executable, "-c", "print('started')"]
         environment = {**os.environ, "PREFECT_API_URL": machine.url}
         waiting = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
         try:
             with pytest.raises(subprocess.TimeoutExpired):
                 waiting.communicate(timeout=5)
-            Answers.status = 200
+            server.status = 200
             assert waiting.communicate(timeout=60)[0] == "started\n"
         finally:
             waiting.kill()
-            server.shutdown()
