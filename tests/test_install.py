@@ -107,13 +107,18 @@ def test_the_gpu_image_agrees_with_the_lock() -> None:
     assert {number for pair in cuda for number in pair if number} == {main["cuda-toolkit"].partition(".")[0]}
 
 
-def test_images_lose_the_tools_of_development_and_nothing_else() -> None:
-    """What an image removes after installing the lock is the dev extra, by its distributions' names."""
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_images_lose_the_tools_of_development_and_nothing_else(path: Path) -> None:
+    """What an image removes after installing the locks is the dev extra, without what a lock of its own holds."""
+    text = path.read_text()
+    (arguments,) = re.findall(r"python (infra/images/extra\.py [^|]+)", text)
     said = subprocess.run(
-        [sys.executable, INFRA / "images/extra.py", "dev"], cwd=INFRA.parent, capture_output=True, text=True, check=True
+        [sys.executable, *arguments.split()], cwd=INFRA.parent, capture_output=True, text=True, check=True
     ).stdout.split()
     assert {"pytest", "mypy", "ruff", "boto3-stubs"} <= set(said)
     assert not {"torch", "prefect", "numpy"} & set(said)
+    own = set(re.findall(r"-r (\S+\.lock)", text)) - {"requirements.lock"}
+    assert not {name for lock in own for name in pins(INFRA / "images" / lock)} & set(said)
 
 
 # settings

@@ -21,9 +21,9 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     && pip install --require-hashes --no-deps -r requirements.lock \
     && pip install --require-hashes --no-deps --no-build-isolation -r gpu.lock
 COPY . ./
-# The lock holds the tools of development too. They go again, and what stays must be whole.
+# The lock holds the tools of development too. They go again, but for what gpu.lock has, and what stays must be whole.
 RUN pip install --no-deps --no-build-isolation --editable . \
-    && python infra/images/extra.py dev | xargs pip uninstall --yes \
+    && python infra/images/extra.py dev infra/images/gpu.lock | xargs pip uninstall --yes \
     && pip check
 
 FROM ${RUNTIME}
