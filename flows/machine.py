@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 Database = Literal["auto", "postgresql", "sqlite"]  # what keeps Prefect's record of runs
 MARK = "REQUANT_STARTED_FROM"  # in the environment of all that is started here, so that it is known again
 START_S, STOP_S = 300.0, 90.0
+OF_COMMAND = {"REQUANT_ALARM_URL", "REQUANT_REDO"}  # for one command: a secret that only deploying needs, and a wish
 PORT = 4200  # Prefect's own
 LONGEST_SOCKET = 107  # bytes that Linux allows in the path of a Unix socket
 
@@ -172,11 +173,11 @@ def down(state: Path) -> Iterator[str]:
 
 
 def _settings(store: str) -> dict[str, str]:
-    """Our settings as they are here, for processes that start in another folder. None of them is a secret."""
+    """Our settings as they are here, for processes that start in another folder, and without those of one command."""
     settings = Settings()
     names = {f"REQUANT_{name}".upper() for name in Settings.model_fields}
     names |= {f"REQUANT_S3_{name}".upper() for name in S3Settings.model_fields}
-    found = {name: os.environ[name] for name in names & os.environ.keys()}
+    found = {name: os.environ[name] for name in (names - OF_COMMAND) & os.environ.keys()}
     found |= {"REQUANT_STORE": store, "REQUANT_SCRATCH": str(settings.scratch.absolute())}
     if settings.signing_key:
         found["REQUANT_SIGNING_KEY"] = str(settings.signing_key.absolute())
@@ -389,10 +390,11 @@ def _check_port(port: int) -> None:
 
 def _start(state: Path) -> None:
     command = (sys.executable, "-m", "supervisor.supervisord", "-c", str(state / "supervisord.conf"))
+    environment = {name: value for name, value in os.environ.items() if name.upper() not in OF_COMMAND}
     log = state / "logs/supervisord.out"  # no pipe: what it leaves running would hold it open
     with log.open("w") as output:
         started = subprocess.run(
-            command, cwd=state, env={**os.environ, MARK: str(state)}, stdin=subprocess.DEVNULL,
+            command, cwd=state, env={**environment, MARK: str(state)}, stdin=subprocess.DEVNULL,
             stdout=output, stderr=subprocess.STDOUT, check=False,
         )  # fmt: skip
     if started.returncode:

@@ -21,6 +21,7 @@ from threading import Thread
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import torch
 
@@ -153,11 +154,15 @@ def spec_in(folder: Path) -> dict[str, Any]:
 
 def test_from_nothing_to_a_run_and_back_to_nothing(machine: Machine) -> None:
     """With what database there is: a run by hand ends well, what dies comes back, and nothing stays behind."""
-    said = machine.up()
+    said = machine.up(REQUANT_ALARM_URL="https://example.org/secret-token", REQUANT_REDO="true")
     assert f"http://127.0.0.1:{machine.port}" in said
     assert ("PostgreSQL" in said) == (_postgres_binaries(None) is not None)
     first = machine.pids()
     assert set(first) >= {"server", "worker-cpu"}
+    supervisord = int((machine.state / "supervisord.pid").read_text())
+    for pid in (supervisord, *first.values()):
+        assert not {"REQUANT_ALARM_URL", "REQUANT_REDO"} & psutil.Process(pid).environ().keys()
+    assert "secret-token" not in (machine.state / "supervisord.conf").read_text()
 
     (deployment,) = machine.post("/deployments/filter", {"deployments": {"name": {"any_": ["by-hand"]}}})
     body = {"parameters": {"spec": spec_in(machine.folder)}, "state": {"type": "SCHEDULED"}}
