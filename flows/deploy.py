@@ -8,6 +8,7 @@ removed, and a work pool that somebody else made is used as it is.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,7 +26,7 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger
 from prefect.exceptions import ObjectNotFound
 from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.workers.process import ProcessWorker
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from flows.alarms import PREFIX, Notify, alarms, through
 from flows.announce import ON_RETRAIN
@@ -344,13 +345,7 @@ def _notify(client: SyncPrefectClient, fleet: Fleet) -> Notify | None:
     block_type, _, name = fleet.alarms.block.partition("/")
     url = Settings().alarm_url
     if url is not None:
-        try:
-            Block.get_block_class_from_key(block_type)(url=url).save(name, overwrite=True)
-        except (UnknownBlockType, ValidationError):
-            raise SpecError(
-                f"REQUANT_ALARM_URL cannot become a block of type {block_type}.",
-                remedy="Make that block in the UI; those made of an address are slack-webhook, webhook and their like.",
-            ) from None
+        _block(block_type, url).save(name, overwrite=True)
     try:
         document = client.read_block_document_by_name(name, block_type, include_secrets=False)
     except ObjectNotFound:
@@ -365,3 +360,27 @@ def _notify(client: SyncPrefectClient, fleet: Fleet) -> Notify | None:
             remedy="Take a notification block such as slack-webhook, or webhook.",
         )
     return through(block_type, document.id)
+
+
+def _block(block_type: str, url: SecretStr) -> Block:
+    """The block with that address. Most of Prefect's take any, and tell nobody if Apprise cannot read it.
+
+    Raises:
+        SpecError: if an address does not make such a block, or this one is of another kind. It is not shown.
+    """
+    logging.getLogger("apprise").setLevel(logging.CRITICAL)  # an address that it cannot read it would show
+    try:
+        block = Block.get_block_class_from_key(block_type)(url=url)
+    except (UnknownBlockType, ValidationError):
+        raise SpecError(
+            f"REQUANT_ALARM_URL cannot become a block of type {block_type}.",
+            remedy="Make that block in the UI; those made of an address are slack-webhook, webhook and their like.",
+        ) from None
+    except ValueError:  # Microsoft Teams, of an address that is not its own
+        block = None
+    if block is None or len(getattr(block, "_apprise_client", [block])) == 0:
+        raise SpecError(
+            f"REQUANT_ALARM_URL is no address that a block of type {block_type} can send to.",
+            remedy="Set it to the whole address that the service gives, or take webhook/NAME, which sends JSON.",
+        )
+    return block

@@ -62,9 +62,9 @@ class Production:
             patch.setenv("REQUANT_ALARM_URL", self.webhook)
             return list(deploy(file, workers))
 
-    def call(self, *arguments: str) -> Ended:
+    def call(self, *arguments: str, **environment: str) -> Ended:
         """`requant …` as an operator types it."""
-        return self.place.end(self.place.start(*arguments, **self.environment))
+        return self.place.end(self.place.start(*arguments, **{**self.environment, **environment}))
 
     def get(self, path: str) -> Any:
         return self.ask("GET", path)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 from docker.types import DeviceRequest  # type: ignore[import-untyped]
 
 from tasks.contracts.errors import SpecError
@@ -136,6 +137,24 @@ def test_the_command_refuses_what_it_cannot_do(fleet: Production, place: Place) 
     nowhere = place.call("deploy")
     assert nowhere.status == 1
     assert "PREFECT_API_URL is not set" in nowhere.stderr
+
+
+@pytest.mark.parametrize(
+    ("block", "url"),
+    [
+        ("slack-webhook/ops", "https://hooks.slack.example/services/secret-token"),
+        ("slack-webhook/ops", "secret-token"),
+        ("ms-teams-webhook/ops", "https://example.org/secret-token"),
+    ],
+)
+def test_an_alarm_address_that_reaches_nobody_is_refused(fleet: Production, block: str, url: str) -> None:
+    """It is not shown, and no block is made of it."""
+    (fleet.place.path / "fleet.yaml").write_text(yaml.safe_dump({"models": [], "alarms": {"block": block}}))
+    refused = fleet.call("deploy", REQUANT_ALARM_URL=url)
+    assert (refused.status, refused.stdout) == (1, "")
+    assert "REQUANT_ALARM_URL is no address that a block of type" in refused.stderr
+    assert "secret-token" not in refused.stderr
+    assert "ops" not in fleet.all("block_documents")
 
 
 def test_a_night_comes_by_itself(fleet: Production, plain: dict[str, Any]) -> None:
