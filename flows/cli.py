@@ -16,6 +16,7 @@ from uuid import UUID
 import typer
 import yaml
 from pydantic import ValidationError
+from pydantic_settings import SettingsError
 from rich.console import Console
 from rich.text import Text
 
@@ -177,6 +178,7 @@ def demo() -> None:
 @app.command()
 def doctor() -> None:
     """What this machine can do."""
+    _check_settings()
     from flows.doctor import findings
 
     console = Console()
@@ -457,6 +459,16 @@ def _prefect() -> Iterator[None]:
 def _check_settings() -> None:
     try:
         Settings()
+    except SettingsError as error:  # of the only one that is JSON, before the others are looked at
+        raise SpecError(
+            f"REQUANT_BUILD_ON is not JSON (found {os.environ.get('REQUANT_BUILD_ON')!r}).",
+            remedy="""Write it as in '{"tensorrt": "build/gpu"}'.""",
+        ) from error
     except ValidationError as error:
-        mistakes = (f"REQUANT_{d['loc'][0]}".upper() + f": {d['msg']} (found {d['input']!r})" for d in error.errors())
-        raise SpecError("; ".join(mistakes) + ".", remedy="Mend these environment variables.") from error
+        mistakes = "; ".join(_mistake(str(detail["loc"][0]), detail) for detail in error.errors())
+        raise SpecError(f"{mistakes}.", remedy="Mend these environment variables.") from error
+
+
+def _mistake(setting: str, detail: Mapping[str, Any]) -> str:
+    found = "" if setting == "report_url" else f" (found {detail['input']!r})"  # it may hold a password
+    return f"REQUANT_{setting.upper()}: {detail['msg']}{found}"

@@ -165,3 +165,20 @@ def test_data_are_checked_by_themselves(place: Place) -> None:
     assert "StoreError: nowhere/data.html cannot be written" in end.stderr
     assert "Traceback" not in clean.stderr + end.stderr
     assert place.leftovers() == []
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "value", "said"),
+    [
+        ("run plain.yaml", "REQUANT_BUILD_ON", "build/gpu", "REQUANT_BUILD_ON is not JSON (found 'build/gpu')"),
+        ("doctor", "REQUANT_GPU", "first", "REQUANT_GPU: Input should be a valid integer"),
+        ("releases plain", "REQUANT_REPORT_URL", "https://me:secret-word@host", "REQUANT_REPORT_URL: String"),
+    ],
+)
+def test_a_setting_that_does_not_fit_is_refused(place: Place, command: str, name: str, value: str, said: str) -> None:
+    """By its variable's name; what may hold a password is not shown."""
+    end = place.call(*command.split(), **{name: value})
+    assert (end.status, end.stdout) == (1, "")
+    assert said in end.stderr
+    assert "Traceback" not in end.stderr
+    assert "secret-word" not in end.stderr
