@@ -13,6 +13,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from flows.server import prefect_server, read_all
 from tasks.contracts.announcement import EVENT, RESOURCE, News, event_id
 from tasks.contracts.errors import SpecError
+from tasks.contracts.spec import checked
 
 ON_RETRAIN = "on-retrain-"  # deployment; the model's name follows
 
@@ -21,18 +22,16 @@ def announce(model: str, weights: str, data: str | None, given_id: UUID | None) 
     """Send the event. Without an id of its own the content of weights decides it, so that a repetition is no new run.
 
     Raises:
-        SpecError: if the model is not deployed.
+        SpecError: if the model is not deployed, or weights or data are named by nothing.
         RequantError: if the weights cannot be read, or the server does not answer.
     """
-    if Path(weights).is_file():
-        weights = str(Path(weights).resolve())  # the worker starts elsewhere
-    news = News(weights=weights, data=data)
+    news = _news(model, weights, data)
     with prefect_server() as client:
         _check_deployed(client, model)
         if given_id is None:
             from tasks.models.origin import weights_digest
 
-            given_id = event_id(model, news, weights_digest(weights))
+            given_id = event_id(model, news, weights_digest(news.weights))
         event = {
             "id": str(given_id),
             "occurred": datetime.now(UTC).isoformat(),
@@ -41,7 +40,19 @@ def announce(model: str, weights: str, data: str | None, given_id: UUID | None) 
             "payload": news.model_dump(exclude_none=True),
         }
         client.request("POST", "/events", json=[event])
-    yield f"announced {model}: event {given_id}, weights {weights}"
+    yield f"announced {model}: event {given_id}, weights {news.weights}{f', data {news.data}' if news.data else ''}"
+
+
+def _news(model: str, weights: str, data: str | None) -> News:
+    """With paths as they are from anywhere: the worker starts in another folder."""
+    from tasks.data.open_source import DIGITS
+
+    if Path(weights).is_file():
+        weights = str(Path(weights).resolve())
+    if data and data != DIGITS and Path(data).exists():
+        data = str(Path(data).resolve())
+    values = {"weights": weights, "data": data}
+    return checked(News, values, origin=f"announcement of {model}", remedy="Say where the new ones are.")
 
 
 @flow(name="receive", flow_run_name="announcement of {resource}")

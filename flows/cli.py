@@ -327,7 +327,7 @@ def pull(
 def gc(
     delete: Annotated[bool, typer.Option("--delete", help="Delete it; otherwise it is only listed.")] = False,
     keep_releases: Annotated[int, typer.Option(help="Newest ones, and as many champions before this one.", min=1)] = 5,
-    keep_days: Annotated[float, typer.Option(help="Younger releases and runs are kept.", min=0)] = 90,
+    keep_days: Annotated[float, typer.Option(help="Younger releases and runs are kept.", min=0, max=36500)] = 90,
 ) -> None:
     """Old releases and runs, and the artifacts that nothing else refers to."""
     _print(_registry().collect(keep_releases=keep_releases, keep_days=keep_days, delete=delete))
@@ -428,27 +428,36 @@ def _prefect() -> Iterator[None]:
 
     Raises:
         SpecError: if a setting does not fit.
-        RequantError: if no server can be reached.
+        RequantError: if no server can be reached, or it asks for a password that is not there.
     """
     _check_settings()
     for name, value in PREFECT_DEFAULTS.items():
         os.environ.setdefault(name, value)
     import prefect.server.api.server  # noqa: F401 - here, as two threads must not import the same modules at once
+    from httpx import HTTPError, codes
     from prefect.client.orchestration import get_client
+    from prefect.exceptions import PrefectHTTPStatusError
 
     def reach() -> Exception | None:
         # The server takes the mask over: Ctrl-C must not end it before it is told that the run was stopped.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             with get_client(sync_client=True) as client:
-                return client.api_healthcheck()
-        except RuntimeError as error:
+                if error := client.api_healthcheck():
+                    return error
+                client.hello()  # health asks for no password
+        except (RuntimeError, HTTPError) as error:
             return error
+        return None
 
     with ThreadPoolExecutor(1) as pool:
         reached = pool.submit(reach)
         yield
         error = reached.result()
+    if isinstance(error, PrefectHTTPStatusError) and error.response.status_code == codes.UNAUTHORIZED:
+        from flows.server import refusal
+
+        raise refusal(error) from error
     if error is not None:
         raise RequantError(
             f"No Prefect server answers: {error}.",

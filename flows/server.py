@@ -32,13 +32,19 @@ def prefect_server() -> Iterator[SyncPrefectClient]:
         with get_client(sync_client=True) as client:
             yield client
     except PrefectHTTPStatusError as error:
-        request, response = error.request, error.response
-        raise RequantError(
-            f"{request.method} {request.url} was refused ({response.status_code}): {response.text[:500]}",
-            remedy="The server's log says more.",
-        ) from error
+        raise refusal(error) from error
     except (httpx.TransportError, RuntimeError) as error:
         raise RequantError(f"No Prefect server answers at {url}: {error}.", remedy="Mend PREFECT_API_URL.") from error
+
+
+def refusal(error: PrefectHTTPStatusError) -> RequantError:
+    """What the server refused, and what helps."""
+    request, response = error.request, error.response
+    asks_for_password = response.status_code == httpx.codes.UNAUTHORIZED
+    return RequantError(
+        f"{request.method} {request.url} was refused ({response.status_code}): {response.text[:500]}",
+        remedy="Set PREFECT_API_AUTH_STRING to the server's." if asks_for_password else "The server's log says more.",
+    )
 
 
 def read_all(client: SyncPrefectClient, path: ServerRoutes, body: dict[str, Any] | None = None) -> list[dict[str, Any]]:

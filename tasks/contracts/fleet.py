@@ -12,7 +12,8 @@ from tasks.contracts.errors import SpecError
 from tasks.contracts.spec import RunSpec, Section, checked, read_spec, spec_from
 
 WorkerType = Literal["process", "docker", "kubernetes"]
-Minutes = Annotated[float, Field(gt=0)]
+MONTH_S = 31 * 24 * 3600.0  # the longest that an alarm waits; what is infinite no clock can count
+Minutes = Annotated[float, Field(gt=0, le=MONTH_S / 60)]
 
 
 class FleetModel(Section):
@@ -32,11 +33,11 @@ class AlarmsSpec(Section):
         "Its address never stands in a file: it is in the block, or in REQUANT_ALARM_URL when you deploy.",
     )
     dead_after_s: float = Field(
-        180, ge=90, description="Seconds without a heartbeat, sent every 30, after which a run counts as crashed."
+        180, ge=90, le=MONTH_S, description="Seconds without a heartbeat (one each 30 s) until a run counts as crashed."
     )
     late_minutes: Minutes = Field(15, description="A run that should have started so long ago is late.")
     pending_minutes: Minutes = Field(15, description="A run that a worker took and did not start for so long is stuck.")
-    idle_days: float = Field(7, gt=0, description="A model whose last good run is older is named every day.")
+    idle_days: float = Field(7, gt=0, le=36500, description="A model whose last good run is older is named every day.")
 
 
 class Fleet(Section):

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from flows.announce import _news
+from tasks.contracts.announcement import News
 from tests.flows.production import wait_for
 
 if TYPE_CHECKING:
+    from tests.flows.conftest import Place
     from tests.flows.production import Production
 
 
@@ -113,3 +117,23 @@ def test_an_unknown_model_is_a_failed_run_and_refused_by_the_command(fleet: Prod
     refused = fleet.call("announce", "plian", "--weights", "plain.safetensors")
     assert refused.status == 1
     assert "No model 'plian' is deployed; deployed are: plain." in refused.stderr
+
+
+def test_paths_are_announced_as_they_are_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no path is left as it is; a folder that is called like a source of its own does not hide it."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("images", "digits"):
+        Path(folder).mkdir()
+    Path("new.pth").touch()
+    assert _news("m", "new.pth", "./images") == News(weights=f"{tmp_path}/new.pth", data=f"{tmp_path}/images")
+    assert _news("m", "DEFAULT", "digits") == News(weights="DEFAULT", data="digits")
+    assert _news("m", "s3://bucket/new.pth", "s3://bucket/images").data == "s3://bucket/images"
+
+
+@pytest.mark.parametrize("options", [("--weights", ""), ("--weights", "plain.safetensors", "--data", "")])
+def test_the_command_refuses_to_announce_nothing(place: Place, options: tuple[str, ...]) -> None:
+    """An empty variable of a script, say."""
+    refused = place.call("announce", "plain", *options)
+    assert refused.status == 1
+    assert f"announcement of plain: {options[-2][2:]}: string should have at least 1 character" in refused.stderr
+    assert "Traceback" not in refused.stderr

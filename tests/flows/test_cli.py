@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from flows import cli
 from flows.machine import read_env
 from tasks.contracts.errors import RequantError
 from tasks.contracts.spec import RunSpec
+from tests.flows.prefect_server import Installation
+from tests.flows.production import free_port
 
 if TYPE_CHECKING:
     from tests.flows.conftest import Place
@@ -182,3 +185,27 @@ def test_a_setting_that_does_not_fit_is_refused(place: Place, command: str, name
     assert said in end.stderr
     assert "Traceback" not in end.stderr
     assert "secret-word" not in end.stderr
+
+
+def test_a_server_with_a_password_is_told(place: Place, tmp_path: Path) -> None:
+    """Its health needs none, and everything else does: by commands that run something and by those that ask."""
+    (place.path / "fleet.yaml").write_text("models: [{spec: plain.yaml}]")
+    password = {"PREFECT_SERVER_API_AUTH_STRING": "admin:secret-word", "PREFECT_HOME": str(tmp_path)}
+    server = Installation(tmp_path, free_port(), {**os.environ, **read_env("server.env"), **password})
+    try:
+        server.start_server()
+        for command in (("run", "plain.yaml"), ("run-all",), ("deploy",)):
+            end = place.call(*command, PREFECT_API_URL=server.url)
+            assert end.status == 1
+            assert "was refused (401)" in end.stderr
+            assert "Set PREFECT_API_AUTH_STRING" in end.stderr
+            assert "Traceback" not in end.stderr
+    finally:
+        server.stop("server")
+
+
+def test_ages_that_no_calendar_has_are_wrong_usage(place: Place) -> None:
+    """They are refused before anything is looked at."""
+    end = place.call("gc", "--keep-days", "1e12")
+    assert end.status == 2
+    assert "Traceback" not in end.stderr

@@ -109,6 +109,7 @@ def test_what_an_operator_has_paused_stays_paused(fleet: Production, plain: dict
         ({"workers": "kubernetes"}, "kubernetes workers need an image"),
         ({"workers": "docker", "image": "requant"}, "work pool cpu is of type process"),
         ({"alarms": {"block": "slack"}}, "alarms.block"),
+        ({"alarms": {"late_minutes": float("inf")}}, "alarms.late_minutes: input should be less than or equal to"),
         ({"alarms": {"block": "no-such-type/ops"}}, "cannot become a block of type no-such-type"),
         ({"models": [{"spec": "absent.yaml"}]}, "absent.yaml: No such file"),
         ({"models": [{"spec": "plain.yaml"}, {"spec": "plain.yaml"}]}, "is the second spec of plain"),
