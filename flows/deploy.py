@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -248,9 +249,19 @@ def _apply_pools(client: SyncPrefectClient, fleet: Fleet, templates: Mapping[str
                 f"The work pool {name} is of type {found.type}, and the fleet asks for {fleet.workers}.",
                 remedy=f"Stop its workers and `prefect work-pool delete {name}`, or mend `workers`.",
             )
-        if found.description == POOLS[name] and found.base_job_template != template:
-            client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
+        wanted = _with_defaults(template, found.base_job_template)
+        if found.description == POOLS[name] and found.base_job_template != wanted:
+            client.update_work_pool(name, WorkPoolUpdate(base_job_template=wanted))
             yield f"changed work pool {name}"
+
+
+def _with_defaults(template: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """The template with the defaults of the one that is there: what was set for the pool in the UI."""
+    wanted, there = deepcopy(dict(template)), found.get("variables", {}).get("properties", {})
+    for name, variable in wanted["variables"]["properties"].items():
+        if "default" in there.get(name, {}):
+            variable["default"] = there[name]["default"]
+    return wanted
 
 
 def _deployments_there(client: SyncPrefectClient, wanted: list[Wanted]) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +99,22 @@ def test_what_an_operator_has_paused_stays_paused(fleet: Production, plain: dict
     assert not fleet.all("automations")["requant: run on-retrain-plain"]["enabled"]
     fleet.ask("PATCH", f"/automations/{trigger['id']}", {"enabled": True})
     fleet.deploy(plain)
+
+
+def test_what_is_set_for_a_pool_stays_set(fleet: Production, plain: dict[str, Any]) -> None:
+    """A variable's value, which the UI writes into the template; what else differs there is put right."""
+    fleet.deploy(plain)
+    template = fleet.get("/work_pools/cpu")["base_job_template"]
+    changed = deepcopy(template)
+    changed["variables"]["properties"]["env"]["default"] = {"OMP_NUM_THREADS": "1"}
+    fleet.ask("PATCH", "/work_pools/cpu", {"base_job_template": changed})
+    assert "no changes" in fleet.deploy(plain)[-1]
+    spoilt = deepcopy(changed)
+    del spoilt["job_configuration"]["env"]
+    fleet.ask("PATCH", "/work_pools/cpu", {"base_job_template": spoilt})
+    assert "changed work pool cpu" in fleet.deploy(plain)
+    assert fleet.get("/work_pools/cpu")["base_job_template"] == changed
+    fleet.ask("PATCH", "/work_pools/cpu", {"base_job_template": template})
 
 
 @pytest.mark.parametrize(
