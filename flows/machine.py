@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -29,7 +30,7 @@ import psutil
 import yaml
 
 from flows.after_server import answers
-from tasks.contracts.errors import RequantError
+from tasks.contracts.errors import RequantError, SpecError
 from tasks.contracts.settings import S3Settings, Settings
 from tasks.contracts.spec import Runtime
 from tasks.stores.base import open_store
@@ -40,6 +41,8 @@ MARK = "REQUANT_STARTED_FROM"  # in the environment of all that is started here,
 START_S, STOP_S = 300.0, 90.0
 OF_COMMAND = {"REQUANT_ALARM_URL", "REQUANT_REDO"}  # for one command: a secret that only deploying needs, and a wish
 PORT = 4200  # Prefect's own
+FLEET_FILE = "fleet-file"  # of the state: where the fleet was read that is deployed
+EMPTY_FLEET = "fleet.yaml"  # of the state: for want of any
 LONGEST_SOCKET = 107  # bytes that Linux allows in the path of a Unix socket
 
 CONF = """\
@@ -99,8 +102,11 @@ def up(state: Path, *, fleet: Path | None, port: int | None, database: Database,
         num_runs: at once, on the CPU.
 
     Raises:
+        SpecError: if requant is not installed from a checkout, or something in the fleet's files does not fit.
         RequantError: if something does not start; what has started goes on until `down`.
     """
+    if not (ROOT / "infra").is_dir():
+        raise SpecError(f"There is no {ROOT}/infra.", remedy="Start from a checkout of requant: it is not installed.")
     state, gpus, store = state.absolute(), _gpus(), Settings().store
     _check(state)
     if "://" not in store:
@@ -135,7 +141,10 @@ def up(state: Path, *, fleet: Path | None, port: int | None, database: Database,
         os.environ.update(where)  # Prefect reads it when it is imported
         from flows.deploy import deploy
 
-        yield from deploy(_fleet(state, fleet), workers="process")
+        file = _fleet(state, fleet)
+        yield from deploy(file, workers="process")
+        if file != state / EMPTY_FLEET:
+            (state / FLEET_FILE).write_text(str(file))
         _await(state, lambda: _are_ready(url, {"cpu", "gpu"} if gpus else {"cpu"}), "the workers")
     yield f"database  {'PostgreSQL' if postgres else 'SQLite'}, in {state}"
     yield f"store     {store}"
@@ -303,7 +312,8 @@ def _workers(where: Mapping[str, str], num_runs: int, gpus: Sequence[str]) -> It
 def _gpus() -> list[str]:
     """What CUDA_VISIBLE_DEVICES calls them: those that it names already, or all."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [gpu for gpu in visible.split(",") if gpu]
+        named = takewhile(lambda gpu: not gpu.startswith("-"), map(str.strip, visible.split(",")))  # as CUDA reads it
+        return [gpu for gpu in named if gpu]
     if shutil.which("nvidia-smi") is None:
         return []
     query = ("nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader")
@@ -432,16 +442,15 @@ def _are_ready(url: str, pools: set[str]) -> bool:
 
 
 def _fleet(state: Path, given: Path | None) -> Path:
-    """The fleet's file. That of last time is not forgotten, as `deploy` removes what a fleet no longer has."""
-    known = state / "fleet-file"
+    """The fleet's file: that of last time if none is given, as `deploy` removes what a fleet no longer has."""
+    known = state / FLEET_FILE
     if given is None and known.exists():
         given = Path(known.read_text())
     fleet = (given or Path("fleet.yaml")).absolute()
     if given is None and not fleet.exists():
-        none = state / "fleet.yaml"
+        none = state / EMPTY_FLEET
         none.write_text(yaml.safe_dump({"models": [], "directory": str(Path.cwd())}))
         return none
-    known.write_text(str(fleet))
     return fleet
 
 

@@ -97,3 +97,12 @@ def test_every_module_imports_without_extras(installed: Path, tmp_path: Path) ->
 def test_the_command_is_installed(installed: Path, tmp_path: Path) -> None:
     """`requant --help` works anywhere."""
     assert "requant" in run(installed / "requant", "--help", folder=tmp_path).lower()
+
+
+def test_a_machine_is_started_from_a_checkout_alone(installed: Path, tmp_path: Path) -> None:
+    """What it needs is not in the wheel: it is refused, and nothing is made."""
+    refused = subprocess.run([installed / "requant", "up"], cwd=tmp_path, env={}, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "Start from a checkout of requant" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert list(tmp_path.iterdir()) == []

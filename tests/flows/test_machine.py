@@ -25,7 +25,7 @@ import psutil
 import pytest
 import torch
 
-from flows.machine import LONGEST_SOCKET, ROOT, _ours, _postgres_binaries
+from flows.machine import LONGEST_SOCKET, ROOT, _gpus, _ours, _postgres_binaries
 from tasks.contracts.spec import GatesSpec, ModelSpec
 from tasks.models.architectures import build_model
 from tasks.models.weights import save_weights
@@ -174,6 +174,7 @@ def test_from_nothing_to_a_run_and_back_to_nothing(machine: Machine) -> None:
         refused = machine.call("up", "--port", str(other.server_port), status=1)
         assert f"Port {other.server_port} cannot be had" in refused
     assert machine.pids() == first
+    assert "absent.yaml: No such file" in machine.call("up", "absent.yaml", status=1)
     assert machine.url in machine.call("up")  # what was refused is not remembered
     ended = wait_for(
         lambda: (found := httpx.get(f"{machine.url}/flow_runs/{run}").json())["state_type"]
@@ -240,6 +241,15 @@ def test_each_gpu_has_a_worker_of_its_own(machine: Machine, tmp_path: Path) -> N
     assert json.loads(sent["REQUANT_BUILD_ON"])["tensorrt"] == "build/gpu"
     tool.write_text("#!/bin/sh\necho the driver is gone; exit 9\n")
     assert "the driver is gone" in machine.call("up", status=1, PATH=path)
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus"), [("", []), ("-1", []), ("0,1", ["0", "1"]), (" 0, GPU-1a ,", ["0", "GPU-1a"]), ("2,-1", ["2"])]
+)
+def test_gpus_are_those_that_cuda_would_see(visible: str, gpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads the list to the first number below zero."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert _gpus() == gpus
 
 
 def test_a_worker_waits_for_its_server(machine: Machine) -> None:
