@@ -36,7 +36,9 @@ def check_data(spec: RunSpec) -> DataCheck:
         past = None  # nothing has changed, so nothing can have drifted
 
     def compute(store: Store, work: Path) -> DataCheck:
-        return check_contract(spec, frame, lambda: the_images(spec, Progress("decoding images")), past, store, work)
+        return check_contract(
+            spec, frame, lambda: the_images(spec, progress=Progress("decoding images")), past, store, work
+        )
 
     inputs: dict[str, JSON] = {
         "manifest": digest,

@@ -31,7 +31,7 @@ def check_parity(
     """Simulation against engine on the gate images, and each integer layer alone on calibration images."""
 
     def compute(store: Store, work: Path) -> Parity:
-        images = the_images(spec)
+        images = the_images(spec, data)
         gate = images.split("gate")
         kept_float = frozenset(quantized.kept_float)
         simulation = prepare_simulation(spec, data, float_model(model, work), kept_float).simulation

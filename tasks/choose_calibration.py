@@ -34,7 +34,7 @@ def choose_calibration(spec: RunSpec, data: DataRecord, model: ModelRecord) -> C
     device = the_device()
 
     def compute(store: Store, work: Path) -> Choice:
-        network, images = float_model(model, work).to(device), the_images(spec)
+        network, images = float_model(model, work).to(device), the_images(spec, data)
         progress = Progress("looking at images through the float model")
         calibration, train = images.split("calibration"), images.split("train")
         findings, features_ND = check_view(network, images, spec, progress)
@@ -76,9 +76,9 @@ def choose_calibration(spec: RunSpec, data: DataRecord, model: ModelRecord) -> C
     return choice
 
 
-def chosen_images(spec: RunSpec, choice: Choice, work: Path) -> PreparedImages:
+def chosen_images(spec: RunSpec, data: DataRecord, choice: Choice, work: Path) -> PreparedImages:
     """All splits, with the chosen images as calibration split. Images are known by their pixels, wherever they lie."""
-    images = the_images(spec)
+    images = the_images(spec, data)
     if choice.method == "stratified":
         return images
     pixels = pq.read_table(the_store().fetch(choice.images, work))["pixels"].to_pylist()

@@ -24,7 +24,7 @@ def compare_draws(spec: RunSpec, data: DataRecord, model: ModelRecord, choice: C
     """Calibrate on `spec.data.draws` other stratified draws, and score each simulation on the selection split."""
 
     def compute(_: Store, work: Path) -> Draws:
-        network, images = float_model(model, work), chosen_images(spec, choice, work)
+        network, images = float_model(model, work), chosen_images(spec, data, choice, work)
         progress, total = Progress("calibrating on other draws"), spec.data.draws + 1
 
         def top1(images: PreparedImages) -> float:

@@ -45,7 +45,7 @@ def export_model(spec: RunSpec, data: DataRecord, model: ModelRecord, quantized:
         export_onnx(convert(prepared.simulation), example_NCHW, int8_path, integer_bias=scheme.integer_bias)
         half_onnx, notes = None, tuple[str, ...]()
         if for_tensorrt:
-            few_NCHW = next(iter(the_images(spec).split("calibration").batches(_OBSERVED_IMAGES)))[0]
+            few_NCHW = next(iter(the_images(spec, data).split("calibration").batches(_OBSERVED_IMAGES)))[0]
             half_path, _ = _in_half(float_path, few_NCHW, work)
             half_onnx = store.put(half_path, kind="half")
             if spec.target.tensorrt.remainder == "float16":

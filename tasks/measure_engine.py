@@ -32,7 +32,7 @@ def measure_engine(spec: RunSpec, data: DataRecord, exported: ExportRecord, engi
     evaluation, target = spec.evaluation, spec.target
 
     def compute(store: Store, work: Path) -> EngineSpeed:
-        gate = the_images(spec).split("gate")
+        gate = the_images(spec, data).split("gate")
         feeds = {size: {INPUT: next(iter(gate.batches(size)))[0]} for size in evaluation.latency_batch_sizes}
         feeds = {size: feed for size, feed in feeds.items() if len(feed[INPUT]) == size}
         if target.runtime == "tensorrt":

@@ -14,7 +14,7 @@ from tasks.stores.steps import JSON
 @step("prepare data")
 def prepare_data(spec: RunSpec) -> DataRecord:
     """Images decoded once, and four splits that share none of them."""
-    images = the_images(spec, Progress("decoding images"))
+    images = the_images(spec, progress=Progress("decoding images"))
 
     def compute(store: Store, work: Path) -> DataRecord:
         members = work / "members.parquet"

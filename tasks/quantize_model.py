@@ -52,7 +52,7 @@ def quantize_model(spec: RunSpec, data: DataRecord, model: ModelRecord, choice: 
     training = Settings().scratch / "training" / key
 
     def compute(store: Store, work: Path) -> QuantizedRecord:
-        images = chosen_images(spec, choice, work)
+        images = chosen_images(spec, data, choice, work)
         network = float_model(model, work)
         prepared, calibration = prepare_simulation(spec, data, network), images.split("calibration")
         proof = fold_error(network, prepared.folded, inputs_of(calibration, _FOLD_IMAGES, limit=_FOLD_IMAGES))

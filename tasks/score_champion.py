@@ -49,7 +49,7 @@ def score_champion(spec: RunSpec, data: DataRecord, engine: EngineRecord, score:
         return None
 
     def compute(store: Store, work: Path) -> ChampionScore:
-        gate, progress = the_images(spec).split("gate"), Progress("scoring the champion")
+        gate, progress = the_images(spec, data).split("gate"), Progress("scoring the champion")
         with open_engine(rival, spec.target, work) as running:
             batches = gate.batches(spec.evaluation.batch_size)
             predictions = predict(running.answer, batches, num_images=len(gate), progress=progress)

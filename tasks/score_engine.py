@@ -18,7 +18,7 @@ def score_engine(spec: RunSpec, data: DataRecord, engine: EngineRecord, baseline
     """Accuracy, and every image on which the engine and the float model part."""
 
     def compute(store: Store, work: Path) -> EngineScore:
-        gate, progress = the_images(spec).split("gate"), Progress("scoring the engine")
+        gate, progress = the_images(spec, data).split("gate"), Progress("scoring the engine")
         with open_engine(engine, spec.target, work) as running:
             batches = gate.batches(spec.evaluation.batch_size)
             predictions = predict(running.answer, batches, num_images=len(gate), progress=progress)

@@ -30,7 +30,7 @@ def score_float(spec: RunSpec, data: DataRecord, model: ModelRecord) -> Accuracy
             logits_NC: np.ndarray = network(images).cpu().numpy()
             return logits_NC
 
-        gate = the_images(spec).split("gate")
+        gate = the_images(spec, data).split("gate")
         progress = Progress("scoring the float model")
         batches = gate.batches(spec.evaluation.batch_size)
         predictions = predict(answer, batches, num_images=len(gate), progress=progress)

@@ -20,7 +20,8 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
 from pydantic import BaseModel
 
-from tasks.contracts.errors import EngineError, RequantError, StoreError, TransientStoreError
+from tasks.contracts.errors import DataError, EngineError, RequantError, StoreError, TransientStoreError
+from tasks.contracts.records import DataRecord, SplitName
 from tasks.contracts.settings import Settings
 from tasks.contracts.spec import RunSpec
 from tasks.engines.reservation import reserve_gpu
@@ -151,11 +152,32 @@ def artifact_key(what: str, name: str) -> str:
     return f"{what}-{re.sub(r'[^a-z0-9]+', '-', name)}"
 
 
-def the_images(spec: RunSpec, progress: Callable[[int, int], None] | None = None) -> PreparedImages:
-    """All splits; what was decoded before is not decoded again."""
+def the_images(
+    spec: RunSpec, data: DataRecord | None = None, progress: Callable[[int, int], None] | None = None
+) -> PreparedImages:
+    """All splits; what was decoded before is not decoded again.
+
+    Args:
+        data: what the run has prepared. Its digest is in the keys of results, so they must come from those images.
+
+    Raises:
+        DataError: if images, labels or splits are no longer those of `data`.
+    """
     from tasks.data.images import prepare_images
 
-    return prepare_images(spec.model, spec.data, spec.seed, Settings().scratch, progress)
+    images = prepare_images(spec.model, spec.data, spec.seed, Settings().scratch, progress)
+    if data is not None and images.digest != data.digest:
+        sources = " or ".join(filter(None, (data.source, spec.data.gate_source)))
+        raise DataError(
+            f"{sources} has changed since this run prepared it: there are {_content(images.counts, images.digest)}, "
+            f"expected {_content(data.counts, data.digest)}.",
+            remedy="Run again when nothing writes there; a worker needs the same files and the same Pillow.",
+        )
+    return images
+
+
+def _content(counts: Mapping[SplitName, int], digest: str) -> str:
+    return f"{sum(counts.values()):,} images of digest {digest[:12]}"
 
 
 def remember(

@@ -109,7 +109,7 @@ def _train(key: str, folder: Path, device: torch.device, progress: Progress) -> 
     request = Request.model_validate_json(store.read_text(key) or "")
     spec = request.spec
     with workspace(Settings().scratch) as work, joined(device) as group:
-        images = chosen_images(spec, request.choice, work)
+        images = chosen_images(spec, request.data, request.choice, work)
         prepared = prepare_simulation(
             spec, request.data, float_model(request.model, work), frozenset(request.kept_float)
         )

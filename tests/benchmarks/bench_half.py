@@ -73,7 +73,7 @@ def answers_of(path: Path, batches: Iterator[np.ndarray], *, optimise: bool = Fa
 def show_run(folder: Path, work: Path) -> None:
     """Top-1 and agreement of a run's graphs on its gate images."""
     report = RunReport.model_validate_json((folder / "record.json").read_text())
-    store, spec, images = the_store(), report.spec, the_images(report.spec)
+    store, spec, images = the_store(), report.spec, the_images(report.spec, report.data)
     gate = images.split("gate")
     observed_NCHW = next(iter(images.split("calibration").batches(OBSERVED)))[0]
 

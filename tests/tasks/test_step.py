@@ -9,16 +9,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.client.schemas.objects import State
 
-from tasks.contracts.errors import ModelError, RequantError, StoreError, TransientStoreError
+from tasks.contracts.errors import DataError, ModelError, RequantError, StoreError, TransientStoreError
 from tasks.contracts.records import ArtifactRef, Record
 from tasks.contracts.settings import Settings
+from tasks.contracts.spec import DataSpec, ModelSpec, PreprocessSpec, RunSpec
+from tasks.load_model import load_model
+from tasks.models.digits import digits_net
+from tasks.models.weights import save_weights
+from tasks.prepare_data import prepare_data
+from tasks.score_float import score_float
 from tasks.step import Progress, disk_errors, everything, remember, step, the_device, the_store
 from tasks.stores.base import Store
 
@@ -171,6 +179,42 @@ def test_an_error_of_the_disk_names_file_and_both_folders(tmp_path: Path) -> Non
     assert str(tmp_path / "scratch") in caught.value.remedy
     with pytest.raises(StoreError, match="A file cannot be written or read: 5 requested and 3 written"), disk_errors():
         raise OSError("5 requested and 3 written")  # what numpy makes of a full disk
+
+
+def test_images_that_arrive_during_a_run_are_not_scored_as_its_own(tmp_path: Path) -> None:
+    """They move others from split to split. Nothing is stored then; without them the run's own answer is."""
+    folder, random = tmp_path / "pets", np.random.default_rng(0)
+
+    def arrive(name: str) -> None:
+        for kind in ("cat", "dog"):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            for number in range(20):
+                pixels_HWC = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels_HWC).save(folder / kind / f"{name}{number}.png")
+
+    arrive("first")
+    save_weights(digits_net(num_classes=2), tmp_path / "pets.safetensors")
+    preprocess = PreprocessSpec(resize=32, mean=(0.5,), std=(0.5,))
+    spec = RunSpec(
+        name="pets",
+        model=ModelSpec(architecture="tasks.models.digits:digits_net", weights=str(tmp_path / "pets.safetensors")),
+        data=DataSpec(source=str(folder), calibration=10, preprocess=preprocess),
+    )
+    data = in_a_flow(lambda: prepare_data.fn(spec)).result()
+    model = in_a_flow(lambda: load_model.fn(spec, data)).result()
+    arrive("late")
+    state = in_a_flow(lambda: score_float.fn(spec, data, model))
+    error = state.result(raise_on_failure=False)
+    assert isinstance(error, DataError)
+    assert error.problem.startswith(f"{folder} has changed since this run prepared it: there are 80 images of digest ")
+    assert error.problem.endswith(f"expected 40 images of digest {data.digest[:12]}.")
+    assert error.remedy.startswith("Run again when nothing writes there")
+    assert the_store().list("steps/score_float/") == []
+    for path in folder.glob("*/late*"):
+        path.unlink()
+    accuracy = in_a_flow(lambda: score_float.fn(spec, data, model)).result()
+    assert accuracy.num_images == data.counts["gate"]
+    assert len(the_store().list("steps/score_float/")) == 1
 
 
 def test_the_device_is_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
