@@ -22,7 +22,10 @@ class Settings(BaseSettings):
         Path(".requant/scratch"), description="Folder for decoded images and training checkpoints; may be deleted."
     )
     cache_gib: float = Field(
-        50.0, gt=0, description="Most room in scratch for data and weights from S3; what was used last stays."
+        50.0,
+        gt=0,
+        description="Most room in scratch for data and weights from S3, and as much again for decoded images; what was "
+        "used last stays.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where PyTorch runs; auto takes CUDA if it can.")
     redo: bool = Field(False, description="Compute every step again, whatever the store holds of it.")

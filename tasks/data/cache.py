@@ -1,7 +1,9 @@
-"""Images decoded once: a memory-mapped array in the scratch folder, named by what it was made from.
+"""Images decoded once: memory-mapped arrays in the scratch folder, named by what they were made from.
 
 <scratch>/images/<key>/pixels.npy    uint8 [N, H, W, C], resized and cropped
 <scratch>/images/<key>/digests.npy   digest of each image's pixels before resizing
+<scratch>/images/<key>/lock          held shared by every process that uses them; the folder's time is the last use
+<scratch>/images/<key>.lock          held by the process that builds them
 """
 
 from __future__ import annotations
@@ -9,19 +11,22 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import BinaryIO
+from uuid import uuid4
 
 import numpy as np
 import PIL
 
 from tasks.contracts.errors import DataError, StoreError
+from tasks.contracts.settings import Settings
 from tasks.contracts.spec import PreprocessSpec
 from tasks.data.parallel import in_parallel
 from tasks.data.preprocess import fit_image, num_channels, to_channels
@@ -30,6 +35,8 @@ from tasks.data.sources import Source, pixels_digest, some
 Progress = Callable[[int, int], None]
 
 DIGEST = np.dtype("S32")
+
+_in_use: dict[tuple[int, int], int] = {}  # descriptors of the locks that this process holds; the system closes them
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +68,8 @@ def decode_images(
 ) -> DecodedImages:
     """All images of `source`, resized and cropped. They are decoded only if `scratch` does not hold them yet.
 
+    They stay until this process ends, and longer if there is room.
+
     Raises:
         DataError: if files cannot be decoded (all of them are counted), or the images end in different sizes.
         StoreError: if `scratch` cannot be written.
@@ -70,9 +79,9 @@ def decode_images(
         json.dumps([source.fingerprint(), geometry, PIL.__version__, str(DIGEST)]).encode()
     ).hexdigest()
     final = scratch / "images" / key
-    if not final.is_dir():
-        with disk_errors(final.parent):
-            final.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(final.parent):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        while not _use(final):
             with locked(final.with_suffix(".lock")):
                 if not final.is_dir():  # another process may have built it while this one waited
                     _build(final, source, preprocess, progress)
@@ -99,7 +108,7 @@ def _build(final: Path, source: Source, preprocess: PreprocessSpec, progress: Pr
     unfinished.mkdir()
     try:
         with (unfinished / "pixels.npy").open("wb") as file:
-            digests = _write_pixels(file, source, preprocess, progress)
+            digests = _write_pixels(file, final.parent, source, preprocess, progress)
             _flush(file)
         with (unfinished / "digests.npy").open("wb") as file:
             np.save(file, np.array(digests, DIGEST))
@@ -116,7 +125,9 @@ class _Decoded:
     digest: bytes
 
 
-def _write_pixels(file: BinaryIO, source: Source, preprocess: PreprocessSpec, progress: Progress | None) -> list[bytes]:
+def _write_pixels(
+    file: BinaryIO, home: Path, source: Source, preprocess: PreprocessSpec, progress: Progress | None
+) -> list[bytes]:
     """Write all images in the order of their rows; their digests. Only a few chunks are in memory at any time."""
     digests: list[bytes] = []
     faults: list[DataError] = []
@@ -129,6 +140,7 @@ def _write_pixels(file: BinaryIO, source: Source, preprocess: PreprocessSpec, pr
                 if first is None:
                     first = image
                     shape = (len(source), *image.pixels_HWC.shape)
+                    _make_room(home, math.prod(shape))
                     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
                 if image.pixels_HWC.shape != first.pixels_HWC.shape:
                     raise _two_sizes(source, first, image)
@@ -169,6 +181,59 @@ def _two_sizes(source: Source, *images: _Decoded) -> DataError:
         f"Images of {source.name} end in different sizes (width x height): {sizes}.",
         remedy="Add data.preprocess.crop, or resize to a height and a width.",
     )
+
+
+def _use(folder: Path) -> bool:
+    """Keep the folder from being removed while this process lives; False if it is not there."""
+    try:
+        held = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except FileNotFoundError:
+        return False
+    fcntl.flock(held, fcntl.LOCK_SH)
+    state = os.fstat(held)
+    try:
+        there = os.path.samestat((folder / "lock").stat(), state)
+    except FileNotFoundError:
+        there = False  # removed while this process waited
+    if not there or _in_use.setdefault((state.st_dev, state.st_ino), held) != held:
+        os.close(held)
+    if there:
+        os.utime(folder)
+    return there
+
+
+def _make_room(home: Path, needed_bytes: int) -> None:
+    """Remove what killed processes left, and what was used longest ago until so many bytes fit into REQUANT_CACHE_GIB.
+
+    What a process uses stays, and no more is asked for than can be had: images may be larger than any cache.
+    """
+    with locked(home / "room.lock"):
+        for left in home.glob("*.removed"):
+            shutil.rmtree(left)
+        for unfinished in home.glob("*.partial"):
+            with unfinished.with_suffix(".lock").open("w") as file, suppress(BlockingIOError):  # while it is built
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(unfinished, ignore_errors=True)  # or it was finished just now
+        folders = [path for path in home.iterdir() if path.is_dir() and not path.suffix]
+        folders.sort(key=lambda folder: folder.stat().st_mtime)
+        size_of = {folder: sum(path.stat().st_size for path in folder.iterdir()) for folder in folders}
+        excess = sum(size_of.values()) + needed_bytes - Settings().cache_gib * 2**30
+        for folder in folders:
+            if excess > 0 and _remove(folder):
+                excess -= size_of[folder]
+
+
+def _remove(folder: Path) -> bool:
+    """Whether it could be removed. It loses its name first, so that a kill leaves no half of it there."""
+    removed = folder.with_name(f"{uuid4().hex}.removed")
+    with (folder / "lock").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        folder.rename(removed)
+    shutil.rmtree(removed)
+    return True
 
 
 def _opened(folder: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -1,11 +1,13 @@
 """Decoding once, whole or not at all."""
 
+import fcntl
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -209,6 +211,74 @@ def test_two_processes_at_once_both_succeed(write_folder: Callable[..., Path], t
     assert sorted(int(calls) for _, calls in outputs) == [0, 300]
 
 
+@pytest.fixture
+def sets(write_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Folders of 50 images, of which two fit into the cache when decoded."""
+    monkeypatch.setenv("REQUANT_CACHE_GIB", str(2.5 * 50 * 20 * 20 * 3 / 2**30))
+    return lambda name: write_folder({"a": 25, "b": 25}, name=name)
+
+
+def test_what_was_used_longest_ago_makes_room(sets: Callable[[str], Path], tmp_path: Path) -> None:
+    """So data that grow every night do not fill the disk."""
+    first, second, third = map(sets, ("first", "second", "third"))
+    scratch = tmp_path / "scratch"
+    assert [_num_decoded(folder, scratch) for folder in (first, second, first, third)] == [50, 50, 0, 50]
+    assert len(_left_in(scratch)) == 2
+    assert [_num_decoded(folder, scratch) for folder in (first, third, second)] == [0, 0, 50]
+
+
+def test_what_a_process_uses_stays(sets: Callable[[str], Path], tmp_path: Path) -> None:
+    """However long ago it began to, and however little room there is; another set gets its place all the same."""
+    first, second, third = map(sets, ("first", "second", "third"))
+    images = decode_images(open_source(str(first)), SMALL, tmp_path / "scratch")
+    before = images.pixels_NHWC.copy()
+    assert [_num_decoded(folder, tmp_path / "scratch") for folder in (second, third, first, second)] == [50, 50, 0, 50]
+    assert len(_left_in(tmp_path / "scratch")) == 2
+    decode_images(open_source(str(second)), SMALL, tmp_path / "scratch")
+    decode_images(open_source(str(third)), SMALL, tmp_path / "scratch")
+    assert len(_left_in(tmp_path / "scratch")) == 3
+    np.testing.assert_array_equal(images.pixels_NHWC, before)
+
+
+def test_a_set_that_is_removed_while_it_is_asked_for_is_built_again(
+    write_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Whoever waits for its lock gets a whole one."""
+    folder, scratch = write_folder({"a": 3, "b": 3}), tmp_path / "scratch"
+    assert _num_decoded(folder, scratch) == 6
+    (built,) = _left_in(scratch)
+    with ThreadPoolExecutor(1) as pool, (built / "lock").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        images = pool.submit(decode_images, open_source(str(folder)), SMALL, scratch)
+        built.rename(scratch / "images/0.removed")
+        file.close()
+        assert len(images.result()) == 6
+    assert (built / "pixels.npy").is_file()
+
+
+def test_what_killed_processes_left_goes_before_the_next_build(
+    write_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of other data too, which may never be decoded again; not what another process is building."""
+    folders = [write_folder({"a": 3, "b": 3}, name=name) for name in ("killed", "alive", "new")]
+    scratch = tmp_path / "scratch"
+    with _child(folders[0], scratch, "stall") as killed:
+        assert killed.stdout is not None
+        assert killed.stdout.readline() == "started\n"
+        killed.kill()
+    (unfinished,) = _left_in(scratch)
+    (scratch / "images/0.removed").mkdir()
+    (scratch / "images/0.removed/pixels.npy").touch()
+    with _child(folders[1], scratch, "stall") as alive:
+        assert alive.stdout is not None
+        assert alive.stdout.readline() == "started\n"
+        (building,) = set(_left_in(scratch)) - {unfinished}
+        decode_images(open_source(str(folders[2])), SMALL, scratch)
+        assert sorted(path.suffix for path in _left_in(scratch)) == ["", ".partial"]
+        assert building.is_dir()
+        alive.kill()
+
+
 @pytest.fixture(params=["tmpfs", "limit"])
 def full_scratch(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, str]]:
     """A folder that holds 20 kB, on a disk of its own or by a limit on file sizes; and the child's mode."""
@@ -291,6 +361,11 @@ def _child(folder: Path, scratch: Path, mode: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-c", CHILD, str(folder), str(scratch), mode], stdout=subprocess.PIPE, text=True
     )
+
+
+def _num_decoded(folder: Path, scratch: Path) -> int:
+    """By a process of its own, which has ended."""
+    return int(_child(folder, scratch, "build").communicate(timeout=60)[0].split()[1])
 
 
 def _left_in(scratch: Path) -> list[Path]:
