@@ -153,7 +153,7 @@ def _fetch_all(store: S3Store, bucket: str, items: Sequence[Object], blobs: Path
 
 def _build(tree: Path, blobs: dict[str, Path]) -> None:
     """The tree appears whole; two processes may build the same one."""
-    unfinished = tree.with_name(f".{uuid4().hex}.partial")
+    unfinished = _nameless(tree)
     try:
         unfinished.mkdir()
         for path, blob in blobs.items():
@@ -165,6 +165,11 @@ def _build(tree: Path, blobs: dict[str, Path]) -> None:
             raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _nameless(tree: Path) -> Path:
+    """For a tree that is not whole."""
+    return tree.with_name(f".{uuid4().hex}.partial")
 
 
 def _use(tree: Path) -> None:
@@ -200,14 +205,18 @@ def _size(folder: Path) -> int:
 
 
 def _remove(lock: Path) -> None:
-    """A tree and its lock, unless a process uses it."""
+    """A tree and its lock, unless a process uses it. It loses its name first: what has one is taken for whole."""
+    tree = lock.with_suffix("")
     with lock.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return
-        shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+        nameless = _nameless(tree)
+        if tree.is_dir():
+            tree.rename(nameless)
         lock.unlink(missing_ok=True)
+        shutil.rmtree(nameless, ignore_errors=True)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -61,6 +62,16 @@ def in_process(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 FETCH = "import sys; from tasks.stores.mirror import local_tree; print(local_tree(sys.argv[1], lambda path: True))"
+KILL = """
+import os, signal, sys
+def kill_at_the_second_image(event, arguments):
+    if event == sys.argv[2] and any(str(argument).endswith(".png") for argument in arguments):
+        met.append(arguments)
+        if len(met) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+met = []
+sys.addaudithook(kill_at_the_second_image)
+"""
 
 
 def test_a_folder_of_images_is_a_source(pets: str) -> None:
@@ -176,6 +187,26 @@ def test_the_cache_keeps_its_bound(put: Put, s3_url: str, tmp_path: Path, monkey
     with pytest.raises(StoreError, match="more than the cache's") as caught:
         local_tree(f"{s3_url}/second", lambda path: True)
     assert "REQUANT_CACHE_GIB" in caught.value.remedy
+
+
+def killed(event: str, url: str) -> None:
+    """A process that fetches `url` is killed before it does to a second image what `event` says."""
+    run = subprocess.run([sys.executable, "-c", KILL + FETCH, url, event], check=False, text=True, capture_output=True)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+
+
+def test_a_tree_is_whole_though_its_removal_was_killed(
+    put: Put, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of it is not taken for the data."""
+    for name in ("first", "second"):
+        for number in range(3):
+            put(f"{name}/cat/{number}.png", f"{name}{number}".encode() * 40_000)
+    monkeypatch.setenv("REQUANT_CACHE_GIB", str(1_000_000 / 2**30))
+    first = Path(in_process(FETCH, f"{s3_url}/first").stdout.strip())
+    killed("os.remove", f"{s3_url}/second")
+    assert Path(in_process(FETCH, f"{s3_url}/first").stdout.strip()) == first
+    assert sorted(path.name for path in first.rglob("*.png")) == ["0.png", "1.png", "2.png"]
 
 
 def test_several_processes_at_once(put: Put, s3_url: str, tmp_path: Path) -> None:
