@@ -192,6 +192,8 @@ def _make_room(home: Path, room: int) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return  # another process fetches, and makes room at its end
+        for partial in home.glob("*/.*.partial"):  # left by killed processes: those that live hold the lock
+            shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink()
         locks = sorted((home / "trees").glob("*.lock"), key=lambda lock: lock.stat().st_mtime)
         while _size(home / "blobs") > room and locks:
             _remove(locks.pop(0))

@@ -209,6 +209,23 @@ def test_a_tree_is_whole_though_its_removal_was_killed(
     assert sorted(path.name for path in first.rglob("*.png")) == ["0.png", "1.png", "2.png"]
 
 
+def test_what_killed_processes_left_goes(
+    put: Put, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their half-made trees would hold blobs for good."""
+    mirror = tmp_path / "scratch/mirror"
+    for name in ("first", "second"):
+        for number in range(2):
+            put(f"{name}/cat/{number}.png", f"{name}{number}".encode() * 40_000)
+    monkeypatch.setenv("REQUANT_CACHE_GIB", str(600_000 / 2**30))
+    killed("os.link", f"{s3_url}/first")
+    (mirror / "blobs/.of-a-killed-download.partial").touch()
+    assert len(list(mirror.glob("trees/.*.partial"))) == 1
+    in_process(FETCH, f"{s3_url}/second")
+    assert not list(mirror.glob("*/.*.partial"))
+    assert len(list((mirror / "blobs").iterdir())) == 2
+
+
 def test_several_processes_at_once(put: Put, s3_url: str, tmp_path: Path) -> None:
     """All get the same whole folder, and nothing half-written stays."""
     for number in range(40):
