@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 from tasks.contracts.errors import StoreError
@@ -70,12 +69,11 @@ def listing_digest(url: str, wanted: Callable[[str], bool] = lambda _: True) -> 
     Raises:
         StoreError: if they cannot be listed.
     """
-    parts = urlsplit(url)
-    name = parts.path.strip("/")
+    bucket, name = _parts(url)
     prefix = f"{name}/".lstrip("/")
     listed = [
         (item.name, item.etag, item.size_bytes)
-        for item in _bucket(parts.netloc).objects(name)
+        for item in _bucket(bucket).objects(name)
         if item.name == name or (item.name.startswith(prefix) and wanted(item.name.removeprefix(prefix)))
     ]
     return hashlib.sha256(json.dumps([url, listed]).encode()).hexdigest()
@@ -84,16 +82,16 @@ def listing_digest(url: str, wanted: Callable[[str], bool] = lambda _: True) -> 
 def _mirrored(url: str, start: str, wanted: Callable[[str], bool], progress: Progress | None) -> Path:
     """The same, of the paths that begin with `start`."""
     settings = Settings()
-    parts = urlsplit(url)
-    store = _bucket(parts.netloc)
-    prefix = f"{parts.path.strip('/')}/".lstrip("/")
+    bucket, key = _parts(url)
+    store = _bucket(bucket)
+    prefix = f"{key}/".lstrip("/")
     home = settings.scratch / "mirror"
     found = {
         path: item
         for item in store.objects(prefix + start)
         if (path := item.name.removeprefix(prefix)) and _stays_inside(path) and wanted(path)
     }
-    identity = [(path, _blob_name(parts.netloc, item)) for path, item in found.items()]
+    identity = [(path, _blob_name(bucket, item)) for path, item in found.items()]
     tree = home / "trees" / hashlib.sha256(json.dumps([url, identity]).encode()).hexdigest()
     with _disk_errors(home):
         for folder in (home / "blobs", home / "trees"):
@@ -109,10 +107,16 @@ def _mirrored(url: str, start: str, wanted: Callable[[str], bool], progress: Pro
                 )
             with (home / "lock").open("ab") as file:
                 fcntl.flock(file, fcntl.LOCK_SH)  # blobs that are in no tree yet must not be taken for leftovers
-                _fetch_all(store, parts.netloc, list(found.values()), home / "blobs", progress)
+                _fetch_all(store, bucket, list(found.values()), home / "blobs", progress)
                 _build(tree, {path: home / "blobs" / name for path, name in identity})
             _make_room(home, room)
     return tree
+
+
+def _parts(url: str) -> tuple[str, str]:
+    """Bucket and key. A key is any text, so that ? and # do not end it as they would end the path of other URLs."""
+    bucket, _, key = url.removeprefix(SCHEME).partition("/")
+    return bucket, key.strip("/")
 
 
 def _bucket(name: str) -> S3Store:

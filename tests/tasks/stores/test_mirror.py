@@ -277,3 +277,18 @@ def test_a_listing_tells_of_changes_and_nothing_is_fetched(pets: str, put: Put, 
     data, weights = (set(column) for column in zip(*states, strict=True))
     assert (len(data), len(weights)) == (3, 2)
     assert not (tmp_path / "scratch").exists()
+
+
+def test_keys_may_hold_any_character(put: Put, s3_url: str) -> None:
+    """Neither # nor ? ends an address, nor does % stand for another character."""
+    for name in ("w", "w#2.pth", "w?v=2.pth", "w%202.pth"):
+        put(name, b"1")
+        put(f"{name}/a/1.png", name.encode())
+    for name in ("w#2.pth", "w?v=2.pth", "w%202.pth"):
+        url = f"{s3_url}/{name}"
+        before = listing_digest(url)
+        put(name, b"22")
+        assert listing_digest(url) != before
+        assert local_file(url).read_bytes() == b"22"
+        assert (local_tree(url, lambda path: path == "a/1.png") / "a/1.png").read_bytes() == name.encode()
+        assert local_file(f"{url}/a/1.png").read_bytes() == name.encode()
