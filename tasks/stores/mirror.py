@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -99,17 +99,19 @@ def _mirrored(url: str, start: str, wanted: Callable[[str], bool], progress: Pro
         _use(tree)
         if not tree.is_dir():
             room = int(settings.cache_gib * 2**30)
-            needed = sum(item.size_bytes for item in found.values())
+            sizes = {_blob_name(bucket, item): item.size_bytes for item in found.values()}
+            needed = sum(sizes.values())
             if needed > room:
                 raise StoreError(
                     f"{url} holds {needed / 2**30:.1f} GiB, more than the cache's {settings.cache_gib:g} GiB.",
                     remedy="Raise REQUANT_CACHE_GIB, or name a smaller part.",
                 )
+            _make_room(home, room, sizes)
             with (home / "lock").open("ab") as file:
                 fcntl.flock(file, fcntl.LOCK_SH)  # blobs that are in no tree yet must not be taken for leftovers
                 _fetch_all(store, bucket, list(found.values()), home / "blobs", progress)
                 _build(tree, {path: home / "blobs" / name for path, name in identity})
-            _make_room(home, room)
+            _make_room(home, room, {})  # those who fetched at once may have exceeded it
     return tree
 
 
@@ -189,8 +191,12 @@ def _use(tree: Path) -> None:
     os.utime(lock)
 
 
-def _make_room(home: Path, room: int) -> None:
-    """Remove the trees that were not used for longest, and what only they held, until blobs fit into `room` bytes."""
+def _make_room(home: Path, room: int, coming: Mapping[str, int]) -> None:
+    """Remove the trees that were not used for longest, and what only they held, until blobs fit into `room` bytes.
+
+    `coming` are sizes of blobs that must fit too, also on the disk. Those that are there stay.
+    """
+    blobs = home / "blobs"
     with (home / "lock").open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -199,10 +205,11 @@ def _make_room(home: Path, room: int) -> None:
         for partial in home.glob("*/.*.partial"):  # left by killed processes: those that live hold the lock
             shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink()
         locks = sorted((home / "trees").glob("*.lock"), key=lambda lock: lock.stat().st_mtime)
-        while _size(home / "blobs") > room and locks:
+        missing = sum(size for name, size in coming.items() if not (blobs / name).exists())
+        while locks and (_size(blobs) + missing > room or shutil.disk_usage(blobs).free < missing):
             _remove(locks.pop(0))
-            for blob in (home / "blobs").iterdir():
-                if blob.stat().st_nlink == 1:  # in no tree, or left by a process that was killed
+            for blob in blobs.iterdir():
+                if blob.name not in coming and blob.stat().st_nlink == 1:  # in no tree, or of a killed process
                     blob.unlink()
 
 

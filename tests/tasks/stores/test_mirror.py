@@ -226,6 +226,25 @@ def test_what_killed_processes_left_goes(
     assert len(list((mirror / "blobs").iterdir())) == 2
 
 
+def test_room_is_made_before_it_is_needed(
+    put: Put, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that cannot hold the old data and the new takes the new; what is shared by both is not sent again."""
+    for number in range(4):
+        put(f"pets/cat/{number}.png", f"old{number}".encode() * 50_000)
+    with mounted(tmp_path / "scratch", "size=1200k"):
+        for bound in (900_000, 10 * 2**30):  # first the cache is full, then the disk
+            monkeypatch.setenv("REQUANT_CACHE_GIB", str(bound / 2**30))
+            old = Path(in_process(FETCH, f"{s3_url}/pets").stdout.strip())
+            kept = (old / "cat/0.png").stat().st_ino
+            for number in range(1, 4):
+                put(f"pets/cat/{number}.png", f"{bound}{number}".encode() * (200_000 // len(f"{bound}{number}")))
+            new = Path(in_process(FETCH, f"{s3_url}/pets").stdout.strip())
+            assert not old.exists()
+            assert len(list(new.rglob("*.png"))) == 4
+            assert (new / "cat/0.png").stat().st_ino == kept
+
+
 def test_several_processes_at_once(put: Put, s3_url: str, tmp_path: Path) -> None:
     """All get the same whole folder, and nothing half-written stays."""
     for number in range(40):
