@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
+import re
 import threading
 import time
 from collections import deque
@@ -42,6 +43,7 @@ _LOCKS, _PROBES = ".locks/", ".probes/"  # no part of a key starts with a dot, s
 _FORMS = {"quoted": '"{}"', "bare": "{}"}  # of an ETag in If-Match: as HTTP has it, and as Ceph 16 alone takes it
 _CONFLICT_ATTEMPTS = 5
 _LOCK_WAIT_S = 60.0
+_MD5 = re.compile(r"[0-9a-f]{32}")
 _BROKEN_BODY = (boto.BotoCoreError, HTTPError)
 
 logging.getLogger("botocore").setLevel(logging.INFO)  # its debug lines hold signatures and session tokens
@@ -230,22 +232,8 @@ class S3Store(Store):
 
     def _download(self, key: str, path: Path) -> str:
         with self._errors("cannot be fetched", key):
-            head = self._head(key)
-            if head is None:
-                raise self._missing(key)
-            digest, size_bytes = hashlib.sha256(), head["ContentLength"]
-            with path.open("ab+") as file:
-                if file.tell() > size_bytes:
-                    file.truncate(0)
-                file.seek(0)
-                while chunk := file.read(2**20):
-                    digest.update(chunk)
-                with closing(self._chunks(key, file.tell(), size_bytes)) as chunks, _threads(1) as beside:
-                    for chunk in chunks:
-                        hashed = beside.submit(digest.update, chunk)
-                        for first in range(0, len(chunk), WRITE_BYTES):
-                            file.write(memoryview(chunk)[first : first + WRITE_BYTES])
-                        hashed.result()
+            digest = hashlib.sha256()
+            self._receive(key, self._known(key)["ContentLength"], path, digest)
             return digest.hexdigest()
 
     def _entry(self, key: str) -> Entry | None:
@@ -353,7 +341,7 @@ class S3Store(Store):
         """Write the bytes of the object as it was listed.
 
         Raises:
-            TransientStoreError: if it has changed since.
+            TransientStoreError: if it has changed since, or is not what the server knows of its digest.
             StoreError: if it is gone, or cannot be read.
         """
         with self._errors("cannot be read", found.name):
@@ -363,11 +351,20 @@ class S3Store(Store):
                 except self._client.exceptions.NoSuchKey:
                     raise self._missing(found.name, "It was there a moment ago: run again.") from None
                 path.write_bytes(content)
+                digest, expected = self._digest_told(answer)
+                digest.update(content)
             else:
-                self._download(found.name, path)
+                head = self._known(found.name)
+                digest, expected = self._digest_told(head)
+                self._receive(found.name, head["ContentLength"], path, digest)
                 answer = self._head(found.name) or {"ETag": "none"}
         if _bare(answer["ETag"]) != found.etag or path.stat().st_size != found.size_bytes:
             raise TransientStoreError(f"{found.name} in {self} changes while it is read.", remedy="Run again.")
+        if expected and digest.hexdigest() != expected:
+            raise TransientStoreError(
+                f"{found.name} in {self} is damaged: its {digest.name} is {digest.hexdigest()}, expected {expected}.",
+                remedy="Run again; if it stays, store the object anew.",
+            )
 
     # Objects
 
@@ -401,9 +398,41 @@ class S3Store(Store):
                 self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._root + key, MaxKeys=1)
             raise
 
+    def _known(self, key: str) -> Any:
+        head = self._head(key)
+        if head is None:
+            raise self._missing(key)
+        return head
+
+    def _digest_told(self, answer: Any) -> tuple[hashlib._Hash, str]:
+        """An empty digest, and what it must become: the sha256 that a store notes, or else an ETag that is the MD5.
+
+        Nothing is expected where the ETag is another: in parts, under a key of KMS, in a directory bucket of AWS.
+        """
+        if sha256 := answer["Metadata"].get("sha256"):
+            return hashlib.sha256(), sha256
+        etag = _bare(answer["ETag"])
+        is_plain = answer.get("ServerSideEncryption", "AES256") == "AES256" and not self._bucket.endswith("--x-s3")
+        return hashlib.md5(usedforsecurity=False), etag if is_plain and _MD5.fullmatch(etag) else ""
+
     def _listed(self, prefix: str) -> Iterator[Entry]:
         """With names below the store's prefix."""
         return (Entry(found.name, found.size_bytes, found.modified) for found in self.objects(prefix))
+
+    def _receive(self, key: str, size_bytes: int, path: Path, digest: hashlib._Hash) -> None:
+        """Make the file complete, and the digest that of its bytes."""
+        with path.open("ab+") as file:
+            if file.tell() > size_bytes:
+                file.truncate(0)
+            file.seek(0)
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+            with closing(self._chunks(key, file.tell(), size_bytes)) as chunks, _threads(1) as beside:
+                for chunk in chunks:
+                    hashed = beside.submit(digest.update, chunk)
+                    for first in range(0, len(chunk), WRITE_BYTES):
+                        file.write(memoryview(chunk)[first : first + WRITE_BYTES])
+                    hashed.result()
 
     def _chunks(self, key: str, start: int, end: int) -> Generator[bytes, None, None]:
         """The object's bytes from `start` to `end`, in order; the next ones are on their way meanwhile."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -22,10 +25,10 @@ from tasks.models.origin import weights_digest
 from tasks.models.weights import load_weights
 from tasks.stores.base import open_store
 from tasks.stores.mirror import listing_digest, local_file, local_tree
-from tasks.stores.s3 import S3Store
+from tasks.stores.s3 import RANGE_BYTES, S3Store
 from tests.disks import mounted
-from tests.tasks.stores.faulty_proxy import counting, faulty
-from tests.tasks.stores.s3_server import S3Server
+from tests.tasks.stores.faulty_proxy import Exchange, corrupting, counting, faulty
+from tests.tasks.stores.s3_server import BUCKET, KMS_KEY, S3Server
 
 Put = Callable[[str, bytes], None]
 PNG = bytes.fromhex(
@@ -165,6 +168,48 @@ def test_an_object_that_vanishes_or_changes_after_it_was_listed(
     for found in (large, small):
         with pytest.raises(StoreError, match="is not in s3://"):
             store.copy(found, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("size_bytes", [100, RANGE_BYTES + 100])
+def test_damage_on_the_way_is_found(
+    put: Put, s3_server: S3Server, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size_bytes: int
+) -> None:
+    """By the sha256 in an object's metadata, or by an ETag that is its MD5. Nothing is kept, and next time it works."""
+    content = random.Random(0).randbytes(size_bytes)
+    put("w.pth", content)
+    (tmp_path / "own.pth").write_bytes(content)
+    own = open_store(s3_url).put(tmp_path / "own.pth", kind="weights")
+
+    def corrupting_content(exchange: Exchange) -> bool:
+        return exchange.command == "GET" and "list-type" not in exchange.path and corrupting(exchange)
+
+    for name, algorithm in (("w.pth", "md5"), (own.key, "sha256")):
+        with faulty(s3_server.url, corrupting_content) as endpoint:
+            monkeypatch.setenv("REQUANT_S3_ENDPOINT", endpoint)
+            with pytest.raises(TransientStoreError, match=rf"{name} .* is damaged: its {algorithm} is") as caught:
+                local_file(f"{s3_url}/{name}")
+        assert caught.value.remedy
+        assert not list((tmp_path / "scratch/mirror/blobs").iterdir())
+        monkeypatch.setenv("REQUANT_S3_ENDPOINT", s3_server.url)
+        assert local_file(f"{s3_url}/{name}").read_bytes() == content
+        shutil.rmtree(tmp_path / "scratch")
+
+
+def test_objects_whose_etag_is_no_md5_are_read(put: Put, s3_server: S3Server, s3_url: str) -> None:
+    """Those in parts, and those under a key of KMS."""
+    client, prefix = s3_server.client(), urlsplit(s3_url).path.lstrip("/")
+    content = random.Random(0).randbytes(RANGE_BYTES + 100)
+    name: dict[str, Any] = {"Bucket": BUCKET, "Key": f"{prefix}/parts"}
+    upload = client.create_multipart_upload(**name)["UploadId"]
+    etag = client.upload_part(**name, UploadId=upload, PartNumber=1, Body=content)["ETag"]
+    client.complete_multipart_upload(
+        **name, UploadId=upload, MultipartUpload={"Parts": [{"PartNumber": 1, "ETag": etag}]}
+    )
+    client.put_object(
+        Bucket=BUCKET, Key=f"{prefix}/kms", Body=content, ServerSideEncryption="aws:kms", SSEKMSKeyId=KMS_KEY
+    )
+    for key in ("parts", "kms"):
+        assert local_file(f"{s3_url}/{key}").read_bytes() == content
 
 
 def test_the_cache_keeps_its_bound(put: Put, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
