@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
-from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from pydantic import ValidationError
@@ -32,7 +31,8 @@ GRACE = timedelta(days=7)  # what was stored or renewed within it is not collect
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.=@+-]*"  # no part starts with a dot: `..` is out, and so are half-written files
 _KEY = re.compile(rf"{_PART}(/{_PART})*")
 _PREFIX = re.compile(rf"({_PART}/)*({_PART})?")
-_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
+_SCHEME = re.compile(r"[^/]+:/")  # also of a URL that lacks a slash; a folder named so is written ./name:
+BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 
 
 class Entry(NamedTuple):
@@ -226,22 +226,26 @@ def open_store(url: str) -> Store:
     """
     from tasks.stores.local import LocalStore  # an adapter knows this module, so it is loaded late
 
-    parts = urlsplit(url)
-    if "://" not in url and url:
+    if url and not _SCHEME.match(url):
         return LocalStore(Path(url).expanduser().absolute())
-    if parts.scheme == "file" and not parts.netloc and parts.path:
-        return LocalStore(Path(url2pathname(parts.path)))
-    prefix = parts.path.strip("/")
-    plain = not (parts.query or parts.fragment)
-    if parts.scheme == "s3" and _BUCKET.fullmatch(parts.netloc) and _PREFIX.fullmatch(prefix) and plain:
+    scheme, _, rest = url.partition("://")
+    if scheme == "file" and rest.startswith("/"):
+        return LocalStore(Path(url2pathname(rest)))
+    bucket, _, prefix = rest.partition("/")
+    prefix = prefix.strip("/")
+    if scheme == "s3" and BUCKET.fullmatch(bucket) and _PREFIX.fullmatch(prefix):
         from tasks.stores.s3 import S3Store  # boto3 takes a third of a second to load
 
-        return S3Store(parts.netloc, prefix, _s3_settings())
-    shown = f"{parts.scheme}://..." if "@" in parts.netloc else url  # what stands before an @ may be a secret
+        return S3Store(bucket, prefix, _s3_settings())
     raise StoreError(
-        f"No store can be opened at {shown!r}.",
+        f"No store can be opened at {shown(url)!r}.",
         remedy="Set REQUANT_STORE to a folder, a path or file:// with an absolute path, or to s3://bucket/prefix.",
     )
+
+
+def shown(url: str) -> str:
+    """For messages: what stands before an @ may be a secret."""
+    return f"{url.partition(':')[0]}:..." if "@" in url else url
 
 
 def _s3_settings() -> S3Settings:

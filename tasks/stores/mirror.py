@@ -21,7 +21,7 @@ from uuid import uuid4
 
 from tasks.contracts.errors import StoreError
 from tasks.contracts.settings import Settings
-from tasks.stores.base import open_store
+from tasks.stores.base import BUCKET, open_store, shown
 
 if TYPE_CHECKING:
     from tasks.stores.s3 import Object, S3Store
@@ -45,8 +45,9 @@ def local_file(url: str) -> Path:
     Raises:
         StoreError: if there is none, or it cannot be read, or it is larger than the cache.
     """
-    folder, _, name = url.rpartition("/")
-    tree = _mirrored(folder, name, lambda path: path == name, None)
+    bucket, key = _parts(url)
+    folder, _, name = key.rpartition("/")
+    tree = _mirrored(f"{SCHEME}{bucket}/{folder}", name, lambda path: path == name, None)
     if not (tree / name).is_file():
         raise StoreError(f"There is no object {url}.", remedy="Mend the address; its last part is the object's name.")
     return tree / name
@@ -118,6 +119,11 @@ def _mirrored(url: str, start: str, wanted: Callable[[str], bool], progress: Pro
 def _parts(url: str) -> tuple[str, str]:
     """Bucket and key. A key is any text, so that ? and # do not end it as they would end the path of other URLs."""
     bucket, _, key = url.removeprefix(SCHEME).partition("/")
+    if not BUCKET.fullmatch(bucket):
+        raise StoreError(
+            f"{shown(url)} names no bucket.",
+            remedy="Mend the address of data or weights: s3://bucket/key, without keys of an account.",
+        )
     return bucket, key.strip("/")
 
 

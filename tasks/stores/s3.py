@@ -68,7 +68,8 @@ _EXPIRED = _Fault("the session token is expired or not valid", "Log in again, or
 _DENIED = _Fault("the account lacks the right to do this", _RIGHTS)
 _SKEWED = _Fault("this machine's clock and the server's differ by more than the server allows", "Set the clock (NTP).")
 _NO_BUCKET = _Fault(
-    "the bucket does not exist on this server", "Create it, or name another in REQUANT_STORE, or another endpoint."
+    "the bucket does not exist on this server",
+    "Create it, or name another where this one is named (REQUANT_STORE, data or weights), or another endpoint.",
 )
 _WRONG_REGION = _Fault("the bucket is in another region than the one asked", _REGION)
 _BUSY = _Fault("the server is overloaded or has failed inside", _LATER, can_pass=True)

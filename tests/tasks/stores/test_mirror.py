@@ -356,3 +356,15 @@ def test_keys_may_hold_any_character(put: Put, s3_url: str) -> None:
         assert local_file(url).read_bytes() == b"22"
         assert (local_tree(url, lambda path: path == "a/1.png") / "a/1.png").read_bytes() == name.encode()
         assert local_file(f"{url}/a/1.png").read_bytes() == name.encode()
+
+
+@pytest.mark.parametrize("url", ["s3://AKIA:secret@bucket/w.pth", "s3://AKIA:sec/secret@bucket/w.pth", "s3:///w.pth"])
+def test_an_address_without_a_bucket_is_refused(url: str) -> None:
+    """It is the address of data or weights that is wrong, and a secret in it is not repeated."""
+    readers: list[Callable[[str], object]] = [local_file, listing_digest, lambda url: local_tree(url, lambda _: True)]
+    for read in readers:
+        with pytest.raises(StoreError, match=r"^s3:.* names no bucket.* data or weights") as caught:
+            read(url)
+        assert "REQUANT_STORE" not in str(caught.value)
+        assert "AKIA" not in str(caught.value)
+        assert "sec" not in str(caught.value)
