@@ -63,7 +63,7 @@ class Inspected:
     mode: str  # as stored
     width: int  # as stored
     height: int
-    orientation: int  # as EXIF counts: 1 is upright
+    orientation: int  # as EXIF counts: 1 is upright; 0 if the file says none that EXIF knows
     num_frames: int
 
 
@@ -140,12 +140,13 @@ class FileSource(Source):
                 raise ValueError(f"leads out of {self.root}")
             content = _content(path)
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
                 facts = {
                     "format": str(image.format),
                     "mode": image.mode,
                     "width": image.width,
                     "height": image.height,
-                    "orientation": int(image.getexif().get(ExifTags.Base.Orientation, 1)),
+                    "orientation": int(orientation) if orientation in range(1, 9) else 0,
                     "num_frames": int(getattr(image, "n_frames", 1)),
                 }
                 upright = _upright(image)

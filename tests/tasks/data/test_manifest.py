@@ -169,6 +169,22 @@ def test_what_a_file_says_is_kept(write_folder: Callable[..., Path], tmp_path: P
     assert frame.loc["cat/moving.gif", "mean_r"] == 255  # the first is what counts
 
 
+@pytest.mark.parametrize("said", [0, 9, 128, 256, 65535])
+def test_an_orientation_that_exif_does_not_know_is_zero(
+    said: int, write_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Whatever a camera wrote: the image is used as it is stored."""
+    folder = write_folder({"cat": 1, "dog": 1})
+    exif = Image.Exif()
+    exif[0x0112] = said
+    Image.new("RGB", (20, 10)).save(folder / "cat/odd.jpg", exif=exif)
+    source = open_source(str(folder))
+    frame = build_manifest(source, tmp_path / "scratch").set_index("path")
+    assert frame["fault"].isna().all()
+    assert frame.loc["cat/odd.jpg", "orientation"] == 0
+    assert source.load(1).size == (20, 10)
+
+
 def test_a_decompression_bomb_is_a_fault(write_folder: Callable[..., Path], tmp_path: Path) -> None:
     """A few bytes that claim to be gigapixels are not unpacked."""
     folder = write_folder({"cat": 1, "dog": 1})
