@@ -317,9 +317,11 @@ def _leak(members: pd.DataFrame, groups: pd.Series, is_leak: pd.Series) -> Fact:
 
 def _normalised(calibration: pd.DataFrame, preprocess: PreprocessSpec) -> dict[str, Fact]:
     """Channel statistics of the model's input: of all pixels of all images."""
-    channels = "rgb"[: len(preprocess.mean)]
-    means = calibration[[f"mean_{channel}" for channel in channels]] / 255
-    within_C = (calibration[[f"std_{channel}" for channel in channels]] ** 2).mean().to_numpy() / 255**2
+    if len(preprocess.mean) == 1:  # the model is given luma
+        means, deviations = calibration[["brightness"]], calibration[["std_luma"]] / 255
+    else:
+        means, deviations = (calibration[[f"{name}_{channel}" for channel in "rgb"]] / 255 for name in ("mean", "std"))
+    within_C = (deviations**2).mean().to_numpy()
     offset_C = (means.mean().to_numpy() - preprocess.mean) / np.array(preprocess.std)
     spread_C = np.sqrt(within_C + means.var(ddof=0).to_numpy()) / np.array(preprocess.std)
     farthest = int(np.abs(np.log(np.maximum(spread_C, 1e-9))).argmax())

@@ -31,11 +31,11 @@ Progress = Callable[[int, int], None]
 PART = 2048  # images that a kill may cost
 MANY = 2048  # images from which on processes are worth their start; threads would share one interpreter's lock
 CHUNK = 64  # images sent to a process at once
-_VERSION = 7  # of `tasks.data.measure`: what another one measured is not used
+_VERSION = 8  # of `tasks.data.measure`: what another one measured is not used
 
 _NUMBERS = (
     *(f"{statistic}_{channel}" for statistic in ("mean", "std") for channel in "rgb"),
-    *("brightness", "entropy", "sharpness", "compressibility", "correlation"),
+    *("brightness", "std_luma", "entropy", "sharpness", "compressibility", "correlation"),
 )
 SCHEMA = pa.schema(
     [

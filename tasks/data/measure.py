@@ -26,7 +26,10 @@ _COSINES = np.cos(np.pi / SMALL * np.outer(np.arange(8), np.arange(SMALL) + 0.5)
 _MEASURED = np.dtype(
     [
         *((f"{statistic}_{channel}", np.float32) for statistic in ("mean", "std") for channel in "rgb"),
-        *((name, np.float32) for name in ("brightness", "entropy", "sharpness", "compressibility", "correlation")),
+        *(
+            (name, np.float32)
+            for name in ("brightness", "std_luma", "entropy", "sharpness", "compressibility", "correlation")
+        ),
         ("phash", np.uint64),
         ("thumbnail", f"V{THUMBNAIL**2}"),
     ]
@@ -56,6 +59,7 @@ def measure(looks: Sequence[Look]) -> dict[str, list[Any]]:
     Returns:
         mean_r, mean_g, mean_b, std_r, std_g, std_b: of each channel, in 0..255; a grey image has three equal ones.
         brightness: mean luma, in 0..1.
+        std_luma: of luma, in 0..255: what a model of one channel is given.
         entropy: of the grey levels, in bits (0..8).
         sharpness: standard deviation of the edges in the centre of the small copy, in 0..255.
         compressibility: share of bytes that zlib leaves of the centre; noise keeps all of them.
@@ -115,6 +119,7 @@ def _properties(small_NHWC: np.ndarray, near_NHWC: np.ndarray) -> dict[str, np.n
         **dict(zip(("mean_r", "mean_g", "mean_b"), means_NC.T, strict=True)),
         **dict(zip(("std_r", "std_g", "std_b"), deviations_NC.T, strict=True)),
         "brightness": means_NC @ _LUMA / 255,
+        "std_luma": grey_NHW.std((1, 2)),
         "entropy": _entropies(grey_NHW),
         "sharpness": _sharpness(far_NHW),
         "compressibility": np.array([len(zlib.compress(grey_HW.tobytes(), 1)) / grey_HW.size for grey_HW in near_NHW]),

@@ -177,6 +177,7 @@ def invented(count: int) -> pd.DataFrame:
             **{f"mean_{channel}": around(118, 40) for channel in "rgb"},
             **{f"std_{channel}": around(58, 12) for channel in "rgb"},
             "brightness": around(0.45, 0.12),
+            "std_luma": around(58, 12),
             "entropy": around(7.2, 0.4),
             "sharpness": around(60, 20),
             "compressibility": around(0.8, 0.1),

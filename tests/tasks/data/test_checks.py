@@ -244,6 +244,29 @@ def test_a_wrong_normalisation_is_seen(
     assert rules <= failing(split_findings(members, PreprocessSpec(mean=mean, std=std))) <= rules | {"offset"}
 
 
+def test_a_model_of_one_channel_is_judged_by_luma(
+    tmp_path: Path, write_folder: Callable[..., Path], photo: Callable[..., Image.Image]
+) -> None:
+    """Of green pictures: the recipe of what the model is given is right, that of their dark red channel is wrong."""
+    folder = write_folder({"cat": 0, "dog": 0})
+    inputs = []
+    for seed in range(300):
+        red, green, blue = photo(seed).split()
+        green_photo = Image.merge("RGB", [red.point(lambda value: value // 10), green, blue.point(lambda _: 0)])
+        green_photo.save(folder / ("cat", "dog")[seed % 2] / f"{seed:03}.png")
+        inputs.append(np.asarray(green_photo.convert("L"), np.float64) / 255)
+    members = build_manifest(open_source(str(folder)), tmp_path / "scratch")
+    members["split"] = np.where(np.arange(300) % 2, "calibration", "gate")
+    right = split_findings(members, PreprocessSpec(mean=(float(np.mean(inputs)),), std=(float(np.std(inputs)),)))
+    assert not {"offset", "spread"} & failing(right)
+    assert abs(float(right["offset"].observed)) < 0.1
+    assert float(right["spread"].observed) == pytest.approx(1, abs=0.1)
+    red = members[["mean_r", "std_r"]].mean() / 255
+    assert {"offset", "spread"} <= failing(
+        split_findings(members, PreprocessSpec(mean=(red["mean_r"],), std=(red["std_r"],)))
+    )
+
+
 def test_few_images_a_missing_class_and_imbalance(members: pd.DataFrame) -> None:
     """Counted in the calibration split alone."""
     dogs = (members["label"] == "dog") & (members["split"] == "calibration")

@@ -36,13 +36,15 @@ def test_colours_are_those_of_the_pixels(photo: Image.Image) -> None:
         assert found[f"mean_{name}"] == pytest.approx(pixels_NC[:, channel].mean(), abs=1.5)
         assert 0.7 < float(found[f"std_{name}"]) / pixels_NC[:, channel].std() <= 1.01
     assert found["brightness"] == pytest.approx(float(pixels_NC.mean(0) @ [0.299, 0.587, 0.114]) / 255, abs=0.01)
+    grey = measure_image(photo.convert("L"))
+    assert found["std_luma"] == pytest.approx(grey["std_luma"], rel=0.01)
 
 
 def test_grey_images_have_three_equal_channels() -> None:
     """So one table holds grey and colour."""
     found = measure_image(PHOTOS[0].convert("L"))
     assert found["mean_r"] == found["mean_g"] == found["mean_b"]
-    assert found["std_r"] == found["std_g"] == found["std_b"]
+    assert found["std_r"] == found["std_g"] == found["std_b"] == found["std_luma"]
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 48), (300, 200), (1000, 700)])
