@@ -23,7 +23,7 @@ from tasks.data.cache import disk_errors, locked
 from tasks.data.measure import THUMBNAIL
 from tasks.data.parallel import in_parallel, in_processes
 from tasks.data.rows import Chunk, measure_rows
-from tasks.data.sources import Source
+from tasks.data.sources import Source, shown
 from tasks.stores.workspace import replacing
 
 Progress = Callable[[int, int], None]
@@ -82,11 +82,6 @@ def build_manifest(source: Source, scratch: Path, progress: Progress | None = No
     frame: pd.DataFrame = known.to_pandas().drop_duplicates("path", keep="last").set_index("path").loc[names]
     frame["label"] = pd.Categorical([source.class_names[label] for label in source.labels], source.class_names)
     return frame.reset_index()
-
-
-def shown(name: str) -> str:
-    """The name as text: bytes that are no UTF-8 are written out."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _known(folder: Path) -> pa.Table:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pyarrow import csv
 
 from tasks.contracts.errors import DataError, SpecError
-from tasks.data.sources import ArraySource, FileSource, Source, some
+from tasks.data.sources import ArraySource, FileSource, Source, shown, some
 from tasks.stores.mirror import Progress, is_remote, local_file, local_tree
 
 ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"})
@@ -80,7 +80,7 @@ def is_image_of_a_class(path: str) -> bool:
     )
 
 
-def _folder(folder: Path, shown: str = "") -> FileSource:
+def _folder(folder: Path, origin: str = "") -> FileSource:
     if not folder.is_dir():
         raise DataError(
             f"There is no folder {folder}.",
@@ -91,8 +91,13 @@ def _folder(folder: Path, shown: str = "") -> FileSource:
     images = [sorted(_images_in(folder / class_name)) for class_name in class_names]
     if not any(images):
         raise DataError(
-            f"{shown or folder} holds no images in {len(class_names)} sub-folders.",
+            f"{origin or folder} holds no images in {len(class_names)} sub-folders.",
             remedy=f"Give each class a sub-folder with files that end in {', '.join(sorted(ENDINGS))}.",
+        )
+    unreadable = [shown(name) for name in class_names if shown(name) != name]
+    if unreadable:
+        raise DataError(
+            f"{folder} has classes whose names are not UTF-8: {some(unreadable)}.", remedy="Rename these folders."
         )
     if not all(images):
         empty = [name for name, found in zip(class_names, images, strict=True) if not found]

@@ -197,7 +197,7 @@ class FileSource(Source):
 
     def fingerprint(self) -> str:
         """Trusts size and time of change, as make and rsync do, below one folder."""
-        return self._digest([str(self.root.resolve()).encode(), *self._states()])
+        return self._digest([os.fsencode(self.root.resolve()), *self._states()])
 
     def _states(self) -> Iterator[bytes]:
         for name in self.names:
@@ -205,7 +205,7 @@ class FileSource(Source):
                 state = (self.root / name).stat()
             except OSError as error:
                 raise _unreadable(name, error.strerror or str(error)) from error
-            yield f"\0{name}\0{state.st_size}\0{state.st_mtime_ns}".encode()
+            yield os.fsencode(f"\0{name}\0{state.st_size}\0{state.st_mtime_ns}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,6 +248,11 @@ class ArraySource(Source):
 def in_mode(image: Image.Image, mode: str) -> Image.Image:
     """The image in that mode; the same object if it is already."""
     return image if image.mode == mode else image.convert(mode)
+
+
+def shown(name: str) -> str:
+    """The name as text: bytes that are no UTF-8 are written out."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def some(items: Sequence[str], *, separator: str = ", ") -> str:
@@ -315,4 +320,4 @@ def _reason(error: Exception, path: Path) -> str:
 
 
 def _unreadable(name: str, reason: str) -> DataError:
-    return DataError(f"{name}: {reason}", remedy="Mend or remove what cannot be decoded.")
+    return DataError(f"{shown(name)}: {reason}", remedy="Mend or remove what cannot be decoded.")

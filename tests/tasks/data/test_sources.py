@@ -153,6 +153,14 @@ def test_an_empty_class_folder_is_refused(write_folder: Callable[..., Path]) -> 
         open_source(str(write_folder({"cat": 1, "dog": 1, "owl": 0})))
 
 
+def test_a_class_whose_name_is_not_utf8_is_refused(write_folder: Callable[..., Path]) -> None:
+    """A record could not hold it."""
+    folder = write_folder({"a": 1, "b": 1})
+    (folder / "a").rename(folder / os.fsdecode(b"caf\xe9"))
+    with pytest.raises(DataError, match=r"classes whose names are not UTF-8: caf\\xe9\. Rename"):
+        open_source(str(folder))
+
+
 def test_one_class_is_refused(write_folder: Callable[..., Path]) -> None:
     """A classifier of one class is none."""
     with pytest.raises(DataError, match=r"one class only \(cat\)"):
@@ -322,3 +330,19 @@ def test_fingerprint_of_a_vanished_file_is_an_error(write_folder: Callable[..., 
     (folder / "a" / "link.png").symlink_to(folder / "nowhere.png")
     with pytest.raises(RequantError, match=r"a/link\.png: No such file"):
         open_source(str(folder)).fingerprint()
+def test_fingerprint_holds_names_that_are_not_utf8(write_folder: Callable[..., Path]) -> None:
+    """Whether they can be used is for the manifest to say; an error can be written to any file."""
+    folder = write_folder({"a": 1, "b": 1})
+    fingerprints = [open_source(str(folder)).fingerprint()]
+    odd = folder / "a" / os.fsdecode(b"caf\xe9.png")
+    odd.write_bytes((folder / "a/000.png").read_bytes())
+    fingerprints.append(open_source(str(folder)).fingerprint())
+    folder = folder.rename(folder.with_name(os.fsdecode(b"caf\xe9s")))
+    fingerprints.append(open_source(str(folder)).fingerprint())
+    assert len(set(fingerprints)) == 3
+    source = open_source(str(folder))
+    (folder / "a" / odd.name).unlink()
+    with pytest.raises(DataError, match=r"a/caf\\xe9\.png: No such file"):
+        source.fingerprint()
+
+
