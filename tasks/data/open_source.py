@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -49,19 +50,24 @@ def is_torchvision(source: str) -> bool:
     return source.startswith("torchvision:")
 
 
+def is_manifest(source: str) -> bool:
+    """Whether `source` names a file that lists images, rather than a folder of them."""
+    return source.lower().endswith((".csv", ".parquet"))
+
+
 def _open(source: str, root: Path | None, *, for_gate: bool) -> Source:
     if source == DIGITS:
         return _digits()
     if is_torchvision(source):
         return _torchvision(source, root, train=not for_gate)
-    if source.endswith((".csv", ".parquet")):
+    if is_manifest(source):
         return _manifest(Path(source), root)
     return _folder(Path(source))
 
 
 def _remote(source: str, root: str | Path | None, progress: Progress | None) -> FileSource:
     """Copied from S3. What was measured of it is kept under its own address, as each copy has a folder of its own."""
-    if not source.endswith((".csv", ".parquet")):
+    if not is_manifest(source):
         opened = _folder(local_tree(source, is_image_of_a_class, progress), source)
         return replace(opened, name=source, origin=source)
     file = local_file(source) if is_remote(source) else Path(source)
@@ -88,16 +94,16 @@ def _folder(folder: Path, origin: str = "") -> FileSource:
             "torchvision:<dataset> or digits.",
         )
     class_names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_hidden(entry))
+    unreadable = [shown(name) for name in class_names if shown(name) != name]
+    if unreadable:
+        raise DataError(
+            f"{folder} has classes whose names are not UTF-8: {some(unreadable)}.", remedy="Rename these folders."
+        )
     images = [sorted(_images_in(folder / class_name)) for class_name in class_names]
     if not any(images):
         raise DataError(
             f"{origin or folder} holds no images in {len(class_names)} sub-folders.",
             remedy=f"Give each class a sub-folder with files that end in {', '.join(sorted(ENDINGS))}.",
-        )
-    unreadable = [shown(name) for name in class_names if shown(name) != name]
-    if unreadable:
-        raise DataError(
-            f"{folder} has classes whose names are not UTF-8: {some(unreadable)}.", remedy="Rename these folders."
         )
     if not all(images):
         empty = [name for name, found in zip(class_names, images, strict=True) if not found]
@@ -125,12 +131,6 @@ def _is_hidden(path: Path) -> bool:
 
 def _manifest(file: Path, root: Path | None) -> FileSource:
     table = _table(file)
-    missing = [column for column in ("path", "label") if column not in table.column_names]
-    if missing:
-        raise DataError(
-            f"{file} has no column {' and no column '.join(missing)}; found {some(table.column_names)}.",
-            remedy="A manifest has the columns path and label.",
-        )
     if table.num_rows == 0:
         raise DataError(f"{file} lists no images.", remedy="Give it one row per image.")
     paths, labels = _text(file, table, "path"), _text(file, table, "label")
@@ -148,20 +148,32 @@ def _manifest(file: Path, root: Path | None) -> FileSource:
 
 
 def _table(file: Path) -> pa.Table:
+    """What a manifest lists, by the columns path and label among others."""
     try:
-        if file.suffix == ".parquet":
-            return pq.read_table(file)
-        as_text = {"path": pa.string(), "label": pa.string()}  # a class may be called NA or 007
-        return csv.read_csv(file, convert_options=csv.ConvertOptions(column_types=as_text))
+        if file.suffix.lower() == ".parquet":
+            table = pq.read_table(file)
+        else:
+            as_text = {"path": pa.string(), "label": pa.string()}  # a class may be called NA or 007
+            table = csv.read_csv(file, convert_options=csv.ConvertOptions(column_types=as_text))
     except (OSError, pa.ArrowException) as error:
         raise DataError(
             f"{file} cannot be read: {error}.", remedy="data.source names a CSV or Parquet file."
         ) from error
+    counts = {column: table.column_names.count(column) for column in ("path", "label")}
+    wrong = [f"{count or 'no'} column{'s' * (count > 1)} {column}" for column, count in counts.items() if count != 1]
+    if wrong:
+        raise DataError(
+            f"{file} has {' and '.join(wrong)}; found {some(table.column_names)}.",
+            remedy="A manifest has one column path and one column label.",
+        )
+    return table
 
 
 def _text(file: Path, table: pa.Table, name: str) -> list[str]:
     """The column as text. A missing or empty value, or anything but text and whole numbers, is refused."""
     column = table[name]
+    if pa.types.is_dictionary(column.type):  # as pandas writes a categorical
+        column = column.cast(column.type.value_type)
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)) and not (
         name == "label" and pa.types.is_integer(column.type)
     ):
@@ -186,7 +198,7 @@ def _refuse_strangers(file: Path, folder: Path, paths: Sequence[str]) -> None:
             f"{file}: {len(outside)} of {len(paths)} paths lead out of {folder}: {some(outside)}.",
             remedy="Paths are relative to data.root (default: the manifest's folder), without `..`.",
         )
-    unknown = [path for path in paths if not (folder / path).is_file()]
+    unknown = [path for path in paths if not os.path.isfile(folder / path)]  # noqa: PTH113 - it never raises
     if unknown:
         raise DataError(
             f"{file}: {len(unknown)} of {len(paths)} files are not in {folder}: {some(unknown)}.",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tasks.contracts.spec import DataSpec
-from tasks.data.open_source import DIGITS, is_image_of_a_class, is_torchvision, open_source
+from tasks.data.open_source import DIGITS, is_image_of_a_class, is_manifest, is_torchvision, open_source
 from tasks.stores.base import sha256_of
 from tasks.stores.mirror import is_remote, listing_digest
 from tasks.stores.steps import library_versions
@@ -36,7 +36,7 @@ def _states(source: str, root: str | None) -> Iterator[str]:
             yield f"{path} {state.st_size} {state.st_mtime_ns}"
     elif not (is_remote(source) or is_remote(str(root))):
         yield open_source(source, root).fingerprint()
-    elif not source.endswith((".csv", ".parquet")):
+    elif not is_manifest(source):
         yield listing_digest(source, is_image_of_a_class)
     else:  # what a manifest in S3 lists is in it, so all that lies beside it counts
         yield listing_digest(source) if is_remote(source) else sha256_of(Path(source))

@@ -212,12 +212,14 @@ def test_root_moves_where_paths_start(write_folder: Callable[..., Path], tmp_pat
     [
         ("file,class\na,b\n", "no column path and no column label; found file, class"),
         ("path,name\na,b\n", "no column label; found path, name"),
+        ("path,path,label\na/000.png,a/000.png,a\n", "2 columns path; found path, path, label"),
         ("path,label\n", "lists no images"),
         ("", "cannot be read"),
         ("path,label\na/000.png\n", "cannot be read"),
         ("path,label\na/000.png,\nb/000.png,b\n", "label .* is empty in 1 of 2 rows: 0"),
         ("path,label\n../a/000.png,a\n/etc/b.png,b\n", r"2 of 2 paths lead out of .*: \.\./a/000\.png, /etc/b\.png"),
         ("path,label\na/000.png,a\nb/7.png,b\n", r"1 of 2 files are not in .*: b/7\.png\."),
+        (f"path,label\na/000.png,a\n{'b' * 300}.png,b\n", r"1 of 2 files are not in .*: b+\.png\."),
         ("path,label\na/000.png,a\nb/000.png,a\n", "one class only"),
     ],
 )
@@ -247,6 +249,30 @@ def test_one_bad_row_in_a_million_is_named(write_folder: Callable[..., Path], tm
     with pytest.raises(DataError, match=r"1 of 1000000 paths lead out of .*: /etc/passwd\.") as caught:
         open_source(str(folder / "images.parquet"))
     assert "relative to data.root" in caught.value.remedy
+
+
+def test_endings_of_manifests_may_be_capital(write_folder: Callable[..., Path]) -> None:
+    """As Windows writes them."""
+    folder = write_folder({"a": 1, "b": 1})
+    table = pd.DataFrame({"path": ["a/000.png", "b/000.png"], "label": ["x", "y"]})
+    table.to_csv(folder / "TRAIN.CSV", index=False)
+    table.to_parquet(folder / "Train.Parquet")
+    for manifest in ("TRAIN.CSV", "Train.Parquet"):
+        assert open_source(str(folder / manifest)).class_names == ("x", "y")
+
+
+@pytest.mark.parametrize(("labels", "class_names"), [(["owl", "cat"], ("cat", "owl")), ([10, 9], ("9", "10"))])
+def test_labels_may_be_categories(
+    write_folder: Callable[..., Path], labels: list[object], class_names: tuple[str, ...]
+) -> None:
+    """Of text or whole numbers, as pandas writes them; fractions stay refused."""
+    folder = write_folder({"a": 1, "b": 1})
+    table = pd.DataFrame({"path": ["a/000.png", "b/000.png"], "label": pd.Categorical(labels)})
+    table.to_parquet(folder / "list.parquet")
+    assert open_source(str(folder / "list.parquet")).class_names == class_names
+    table.assign(label=pd.Categorical([0.5, 1.0])).to_parquet(folder / "list.parquet")
+    with pytest.raises(DataError, match=r"label .* holds double"):
+        open_source(str(folder / "list.parquet"))
 
 
 def test_fractional_labels_are_refused(tmp_path: Path) -> None:
@@ -324,12 +350,6 @@ def test_fingerprint_follows_files_labels_and_classes(
     assert len(set(seen)) == len(seen)
 
 
-def test_fingerprint_of_a_vanished_file_is_an_error(write_folder: Callable[..., Path]) -> None:
-    """A broken link among the images is named."""
-    folder = write_folder({"a": 1, "b": 1})
-    (folder / "a" / "link.png").symlink_to(folder / "nowhere.png")
-    with pytest.raises(RequantError, match=r"a/link\.png: No such file"):
-        open_source(str(folder)).fingerprint()
 def test_fingerprint_holds_names_that_are_not_utf8(write_folder: Callable[..., Path]) -> None:
     """Whether they can be used is for the manifest to say; an error can be written to any file."""
     folder = write_folder({"a": 1, "b": 1})
@@ -346,3 +366,9 @@ def test_fingerprint_holds_names_that_are_not_utf8(write_folder: Callable[..., P
         source.fingerprint()
 
 
+def test_fingerprint_of_a_vanished_file_is_an_error(write_folder: Callable[..., Path]) -> None:
+    """A broken link among the images is named."""
+    folder = write_folder({"a": 1, "b": 1})
+    (folder / "a" / "link.png").symlink_to(folder / "nowhere.png")
+    with pytest.raises(RequantError, match=r"a/link\.png: No such file"):
+        open_source(str(folder)).fingerprint()
