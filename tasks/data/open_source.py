@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -16,7 +16,9 @@ from tasks.contracts.errors import DataError, SpecError
 from tasks.data.sources import ArraySource, FileSource, Source, shown, some
 from tasks.stores.mirror import Progress, is_remote, local_file, local_tree
 
-ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"})
+ENDINGS = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+)
 TORCHVISION = ("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST")
 DIGITS = "digits"
 
@@ -79,11 +81,9 @@ def _remote(source: str, root: str | Path | None, progress: Progress | None) -> 
 
 
 def is_image_of_a_class(path: str) -> bool:
-    """Whether a path below a folder is that of an image in a class's own folder."""
-    parts = PurePosixPath(path)
-    return (
-        len(parts.parts) == 2 and parts.suffix.lower() in ENDINGS and not any(map(_is_hidden, map(Path, parts.parts)))
-    )
+    """Whether a path below a folder is that of an image in a class's folder or below it."""
+    parts = PurePosixPath(path).parts
+    return len(parts) > 1 and _is_image(parts[-1]) and not any(map(_is_hidden, parts))
 
 
 def _folder(folder: Path, origin: str = "") -> FileSource:
@@ -93,7 +93,7 @@ def _folder(folder: Path, origin: str = "") -> FileSource:
             remedy="data.source names a folder with one sub-folder per class, a .csv or .parquet manifest, "
             "torchvision:<dataset> or digits.",
         )
-    class_names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_hidden(entry))
+    class_names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
     unreadable = [shown(name) for name in class_names if shown(name) != name]
     if unreadable:
         raise DataError(
@@ -104,6 +104,13 @@ def _folder(folder: Path, origin: str = "") -> FileSource:
         raise DataError(
             f"{origin or folder} holds no images in {len(class_names)} sub-folders.",
             remedy=f"Give each class a sub-folder with files that end in {', '.join(sorted(ENDINGS))}.",
+        )
+    if all(name.count("/") > 1 for found in images for name in found):
+        raise DataError(
+            f"{origin or folder} holds images only in folders below its {len(class_names)} sub-folders: "
+            f"{some([found[0] for found in images if found])}.",
+            remedy="Name the folder whose own sub-folders are the classes, such as train, or list the images in a "
+            "manifest.",
         )
     if not all(images):
         empty = [name for name, found in zip(class_names, images, strict=True) if not found]
@@ -117,16 +124,32 @@ def _folder(folder: Path, origin: str = "") -> FileSource:
     )
 
 
-def _images_in(folder: Path) -> list[str]:
-    return [
-        f"{folder.name}/{entry.name}"
-        for entry in folder.iterdir()
-        if entry.suffix.lower() in ENDINGS and not _is_hidden(entry)
-    ]
+def _images_in(folder: Path) -> Iterator[str]:
+    """Images in and below a class's folder, links followed, as torchvision's ImageFolder takes them."""
+    seen = set()
+    for place, folders, files in os.walk(folder, onerror=_refuse_unlisted, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link leads here, perhaps out of here
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not _is_hidden(name))  # whichever way is first stays first
+        below = f"{folder.name}{place.removeprefix(str(folder))}"
+        yield from (f"{below}/{name}" for name in files if _is_image(name) and not _is_hidden(name))
 
 
-def _is_hidden(path: Path) -> bool:
-    return path.name.startswith(".")  # such as .ipynb_checkpoints, and the ._* twins that macOS leaves
+def _refuse_unlisted(error: OSError) -> None:
+    raise DataError(
+        f"{shown(error.filename)} cannot be listed: {error.strerror}.", remedy="Mend its rights."
+    ) from error
+
+
+def _is_image(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in ENDINGS
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")  # such as .ipynb_checkpoints, and the ._* twins that macOS leaves
 
 
 def _manifest(file: Path, root: Path | None) -> FileSource:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from tasks.contracts.errors import DataError, RequantError, SpecError
 from tasks.data.open_source import open_source
@@ -132,6 +133,69 @@ def test_decompression_bombs_are_refused(write_folder: Callable[..., Path], monk
         source.load(0)
 
 
+@pytest.mark.parametrize("ending", [".jfif", ".jpe", ".pgm"])
+def test_rarer_endings_are_decoded(
+    write_folder: Callable[..., Path], photo: Callable[..., Image.Image], ending: str
+) -> None:
+    """Other names of JPEG, and greys."""
+    folder = write_folder({"a": 1, "b": 1})
+    photo(0).convert("L").save(folder / "a" / f"photo{ending}", format="PPM" if ending == ".pgm" else "JPEG")
+    source = open_source(str(folder))
+    assert source.load(list(source.names).index(f"a/photo{ending}")).mode == "L"
+
+
+def test_folders_below_a_class_are_its_too(
+    write_folder: Callable[..., Path], photo: Callable[..., Image.Image]
+) -> None:
+    """The same images as torchvision's ImageFolder finds, whatever their depth; none that are hidden."""
+    folder = write_folder({"a": 2, "b": 1})
+    for name in ("a/2024/x/1.png", "a/2023/1.png", "a/0.d/1.pgm", "b/1.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        photo(0).save(folder / name, format="PNG")
+    (folder / "a/2023/notes.txt").write_text("not an image")
+    source = open_source(str(folder))
+    found = [(str((folder / name).resolve()), label) for name, label in zip(source.names, source.labels, strict=True)]
+    assert sorted(found) == sorted(ImageFolder(str(folder.resolve())).samples)
+    assert list(source.names) == sorted(source.names)
+    for name in ("a/.cache/1.png", "a/2023/.1.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        photo(0).save(folder / name)
+    assert open_source(str(folder)).names == source.names
+
+
+def test_links_among_folders_end(write_folder: Callable[..., Path], photo: Callable[..., Image.Image]) -> None:
+    """Each folder is taken once per class, by the name that sorts first, however many links lead to it."""
+    folder = write_folder({"a": 1, "b": 1})
+    (folder / "a/deep").mkdir()
+    photo(0).save(folder / "a/deep/1.png")
+    (folder / "a/deep/up").symlink_to(folder / "a")
+    (folder / "a/loop").symlink_to(folder / "a/loop")
+    (folder / "a/again").symlink_to("deep")
+    (folder / "b/other").symlink_to(folder / "a/deep")
+    source = open_source(str(folder))
+    assert list(source.names) == ["a/000.png", "a/again/1.png", "b/000.png", "b/other/1.png", "b/other/up/000.png"]
+
+
+def test_a_folder_that_cannot_be_listed_is_named(write_folder: Callable[..., Path]) -> None:
+    """Its images are not passed over."""
+    folder = write_folder({"a": 1, "b": 1})
+    (folder / "a/locked").mkdir(mode=0)
+    if os.access(folder / "a/locked", os.R_OK):
+        pytest.skip("root may list any folder")
+    with pytest.raises(DataError, match=r"a/locked cannot be listed: Permission denied"):
+        open_source(str(folder))
+
+
+def test_halves_are_no_classes(write_folder: Callable[..., Path], photo: Callable[..., Image.Image]) -> None:
+    """As with train/ and val/, each with a folder per class."""
+    folder = write_folder({"train": 0, "val": 0})
+    for name in ("train/cat/1.png", "train/dog/1.png", "val/cat/1.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        photo(0).save(folder / name)
+    with pytest.raises(DataError, match=r"only in folders below its 2 sub-folders: train/cat/1\.png, val/cat/1\.png"):
+        open_source(str(folder))
+
+
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     """A source that is nothing known names what a source can be."""
     with pytest.raises(DataError, match=r"There is no folder .*nowhere\. .*manifest"):
@@ -148,7 +212,7 @@ def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_empty_class_folder_is_refused(write_folder: Callable[..., Path]) -> None:
-    """A class that would have no images is named, as with train/ and val/ taken for classes."""
+    """A class that would have no images is named."""
     with pytest.raises(DataError, match="classes without images: owl"):
         open_source(str(write_folder({"cat": 1, "dog": 1, "owl": 0})))
 

@@ -18,9 +18,11 @@ import torch
 from torch import nn
 
 from tasks.contracts.errors import DataError, StoreError, TransientStoreError
+from tasks.contracts.spec import DataSpec
 from tasks.data.manifest import build_manifest
 from tasks.data.open_source import open_source
 from tasks.data.sources import FileSource
+from tasks.data.state import data_state
 from tasks.models.origin import weights_digest
 from tasks.models.weights import load_weights
 from tasks.stores.base import open_store
@@ -55,7 +57,7 @@ def pets(put: Put, s3_url: str) -> str:
     """A folder of images per class, with other things in it."""
     for name in ("cat/1.png", "cat/2 two.png", "dog/1.png", "dog/ö.png"):
         put(f"pets/{name}", PNG)
-    for name in ("readme.txt", "cat/notes.txt", "cat/.hidden.png", "cat/deep/1.png", "../out.png", "dog//1.png"):
+    for name in ("readme.txt", "cat/notes.txt", "cat/.hidden.png", "cat/.old/1.png", "../out.png", "dog//1.png"):
         put(f"pets/{name}", b"no image")
     return f"{s3_url}/pets"
 
@@ -86,6 +88,16 @@ def test_a_folder_of_images_is_a_source(pets: str) -> None:
     assert list(source.names) == ["cat/1.png", "cat/2 two.png", "dog/1.png", "dog/ö.png"]
     assert source.load(1).size == (1, 1)
     assert sorted(path.name for path in source.root.rglob("*.*")) == ["1.png", "1.png", "2 two.png", "ö.png"]
+
+
+def test_folders_below_a_class_are_its_too(pets: str, put: Put) -> None:
+    """In S3 as on a disk."""
+    before = data_state(DataSpec(source=pets))
+    put("pets/cat/deep/1.png", PNG)
+    source = open_source(pets)
+    assert list(source.names) == ["cat/1.png", "cat/2 two.png", "cat/deep/1.png", "dog/1.png", "dog/ö.png"]
+    assert source.load(2).size == (1, 1)
+    assert data_state(DataSpec(source=pets)) != before
 
 
 def test_what_is_there_is_not_sent_again(
