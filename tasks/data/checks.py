@@ -19,7 +19,7 @@ from tasks.contracts.records import SPLITS, Finding, Offender
 from tasks.contracts.spec import ChecksSpec, Limit, PreprocessSpec
 from tasks.data.drift import ks, ks_by_chance, psi, psi_by_chance, psi_of_counts
 from tasks.data.measure import THUMBNAIL
-from tasks.data.near import groups_of, near_pairs
+from tasks.data.near import near_groups
 
 SHOWN = 20  # offenders that a finding names; it counts the rest
 PROPERTIES = ("brightness", "entropy", "sharpness", "mean_r", "mean_g", "mean_b", "std_r", "std_g", "std_b")
@@ -120,7 +120,7 @@ def check_images(
     """
     if not len(frame):
         raise DataError("The manifest lists no images.", remedy="Give the source some images.")
-    facts, partners = image_facts(frame, class_names)
+    facts, partners = image_facts(frame, class_names, checks)
     limits = _limits(rules, checks)
     return tuple(
         _finding(rule, limit, result, facts, partners, frame)
@@ -128,7 +128,9 @@ def check_images(
     )
 
 
-def image_facts(frame: pd.DataFrame, class_names: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def image_facts(
+    frame: pd.DataFrame, class_names: Sequence[str], checks: ChecksSpec
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The numbers that IMAGE_RULES judge, null where an image does not decode; and the images that each one resembles.
 
     Returns:
@@ -139,7 +141,7 @@ def image_facts(frame: pd.DataFrame, class_names: Sequence[str]) -> tuple[pd.Dat
     good = frame[usable]
     position = pd.Series(np.arange(len(frame)), frame.index)[usable]
     copies = position.groupby(good["pixels"], sort=False).transform("first")
-    looks = position.groupby(groups_of(_looks(good), len(good)), sort=False).transform("first")
+    looks = position.groupby(_looks(good, checks.distinct), sort=False).transform("first")
     first_label = frame["label"].to_numpy()[copies.to_numpy(int)]
     sides = good[["width", "height"]]
     is_copy = copies != position
@@ -187,7 +189,7 @@ def check_splits(
     facts = {
         "num_calibration": Fact(len(calibration)),
         **_class_facts(members),
-        **_leaks(members),
+        **_leaks(members, checks),
         **_normalised(calibration, preprocess),
         "drift_psi": psi_fact,
         "drift_ks": ks_fact,
@@ -287,10 +289,10 @@ def _class_facts(members: pd.DataFrame) -> dict[str, Fact]:
     }
 
 
-def _leaks(members: pd.DataFrame) -> dict[str, Fact]:
+def _leaks(members: pd.DataFrame, checks: ChecksSpec) -> dict[str, Fact]:
     """Images that another split has too, by pixels, and those that only look like one of another split."""
     members = members.reset_index(drop=True)
-    pixels, looks = members["pixels"], pd.Series(groups_of(_looks(members), len(members)))
+    pixels, looks = members["pixels"], pd.Series(_looks(members, checks.alike))
     splits_of = members.groupby(pixels)["split"].transform("nunique")
     mixed = members["split"].groupby(looks).transform("nunique")
     return {
@@ -328,10 +330,12 @@ def _normalised(calibration: pd.DataFrame, preprocess: PreprocessSpec) -> dict[s
     return {"offset": Fact(float(np.abs(offset_C).max())), "spread": Fact(float(spread_C[farthest]))}
 
 
-def _looks(good: pd.DataFrame) -> np.ndarray:
-    """Pairs of images that look alike, by position."""
+def _looks(good: pd.DataFrame, limit: Limit) -> np.ndarray:
+    """A number for each image that its look-alikes share; where the limit is off, nobody asks, and none has any."""
+    if limit.severity == "off":
+        return np.arange(len(good))
     thumbnails_NB = np.frombuffer(b"".join(good["thumbnail"]), np.uint8).reshape(len(good), THUMBNAIL**2)
-    return near_pairs(good["phash"].to_numpy(np.uint64), thumbnails_NB)
+    return near_groups(good["phash"].to_numpy(np.uint64), thumbnails_NB)
 
 
 def _limits(rules: tuple[Rule, ...], checks: ChecksSpec) -> list[tuple[Rule, Limit]]:

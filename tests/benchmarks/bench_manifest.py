@@ -32,7 +32,7 @@ from tasks.contracts.spec import ChecksSpec, PreprocessSpec
 from tasks.data.checks import check_images, check_splits
 from tasks.data.manifest import build_manifest
 from tasks.data.measure import THUMBNAIL, look_at, measure
-from tasks.data.near import near_pairs
+from tasks.data.near import near_groups
 from tasks.data.open_source import open_source
 from tasks.data.parallel import CHUNK
 from tasks.data.sources import FORMATS, FileSource, memory_of
@@ -125,8 +125,8 @@ def print_copies(source: FileSource) -> None:
     kinds = {f"scaled by {by}": partial(scaled, by=by) for by in (0.43, 0.7, 2.6)} | {"JPEG, quality 40": saved}
     for kind, made in kinds.items():
         theirs, their_looks = columns([made(image) for image in images])
-        pairs_P2 = near_pairs(np.concatenate([hashes, theirs]), np.concatenate([looks, their_looks]))
-        found = np.isin(np.arange(COPIED), pairs_P2[pairs_P2[:, 1] == pairs_P2[:, 0] + COPIED, 0]).mean()
+        groups_N = near_groups(np.concatenate([hashes, theirs]), np.concatenate([looks, their_looks]))
+        found = (groups_N[:COPIED] == groups_N[COPIED:]).mean()
         print(f"{kind:18} {found:.1%} of {COPIED} copies found")
 
 
@@ -141,7 +141,7 @@ def measure_contract(count: int) -> None:
     images = cpu_seconds(lambda: check_images(frame, list(frame["label"].cat.categories), checks))
     splits = cpu_seconds(lambda: check_splits(frame, PreprocessSpec(), checks))
     peak = peak_kib() / 1024
-    near = cpu_seconds(lambda: near_pairs(hashes, looks))
+    near = cpu_seconds(lambda: near_groups(hashes, looks))
     per_row = (images + splits) / count * 1e6
     print(f"{count:9,}{images:10.2f}{splits:10.2f}{near:8.2f}{per_row:8.1f}{before:12.0f}{peak:10.0f}")
 

@@ -179,6 +179,15 @@ def test_a_limit_of_the_spec_is_what_counts(photos: Path, tmp_path: Path) -> Non
     assert (found["entropy"].passed, found["entropy"].severity) == (False, "critical")
 
 
+def test_look_alikes_are_not_sought_where_no_rule_asks(members: pd.DataFrame) -> None:
+    """Not even hashes are needed then."""
+    off = Limit(low=1, severity="off")
+    checks = ChecksSpec(distinct=off, alike=off)
+    blind = members.drop(columns=["phash", "thumbnail"])
+    found = [*check_images(blind, ("cat", "dog"), checks), *check_splits(blind, RECIPE, checks)]
+    assert not {"distinct", "alike"} & {finding.rule for finding in found}
+
+
 RECIPE = PreprocessSpec(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
