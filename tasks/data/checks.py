@@ -240,7 +240,7 @@ def judge_facts(facts: Mapping[str, Fact], rules: tuple[Rule, ...], checks: Chec
             rule=rule.name,
             says=rule.says,
             severity="critical" if limit.severity == "critical" else "warning",
-            passed=bool(result["success"]),
+            passed=bool(result["success"] and np.isfinite(fact.value)),  # Great Expectations passes over NaN
             observed=f"{fact.value:.3g}" + (f" ({fact.note})" if fact.note else ""),
             limit=limit_text(rule, limit),
             num_offenders=len(fact.offenders),
@@ -402,13 +402,15 @@ def _finding(
     details = result["result"]
     rows = details.get("unexpected_index_list") or []
     judged = details["element_count"] - (details.get("missing_count") or 0)
-    share = 100.0 - (details.get("unexpected_percent") or 0.0)
+    share = f"{100.0 - (details.get('unexpected_percent') or 0.0):.2f} %"
+    if share == "100.00 %" and details["unexpected_count"]:  # rounded away
+        share = f"all but {details['unexpected_count']}"
     return Finding(
         rule=rule.name,
         says=rule.says,
         severity="critical" if limit.severity == "critical" else "warning",
         passed=bool(result["success"]),
-        observed=f"{share:.2f} % of {judged:,} images",
+        observed=f"{share} of {judged:,} images",
         limit=limit_text(rule, limit),
         num_offenders=int(details["unexpected_count"]),
         offenders=tuple(_offender(rule.name, row, facts, partners, frame) for row in rows[:SHOWN]),

@@ -13,8 +13,8 @@ from sklearn.datasets import load_sample_images
 from tasks.contracts.errors import DataError
 from tasks.contracts.records import Finding
 from tasks.contracts.spec import ChecksSpec, Limit, PreprocessSpec
-from tasks.data.checks import IMAGE_RULES, SHOWN, Rule, check_images, check_splits
-from tasks.data.manifest import build_manifest
+from tasks.data.checks import IMAGE_RULES, MODEL_RULES, SHOWN, Fact, Rule, check_images, check_splits, judge_facts
+from tasks.data.manifest import SCHEMA, build_manifest
 from tasks.data.open_source import open_source
 
 PHOTOS = [Image.fromarray(pixels) for pixels in load_sample_images().images]
@@ -179,6 +179,25 @@ def test_a_limit_of_the_spec_is_what_counts(photos: Path, tmp_path: Path) -> Non
     assert (found["entropy"].passed, found["entropy"].severity) == (False, "critical")
 
 
+def test_one_offender_among_many_is_not_rounded_away() -> None:
+    """Of 40,000 images 99.9975 % would read as all of them."""
+    count = 40_000
+    frame = pd.DataFrame({"path": [f"{row}.png" for row in range(count)], "label": ["0"] * (count - 1) + ["2"]})
+    frame = pd.concat([frame, pd.DataFrame(index=frame.index, columns=pd.Index(SCHEMA.names[3:]))], axis=1)
+    frame["fault"] = "is empty"  # so that nothing else is judged
+    labelled = next(rule for rule in IMAGE_RULES if rule.name == "labelled")
+    (finding,) = check_images(frame, CLASSES, CHECKS, (labelled,))
+    assert (finding.passed, finding.num_offenders) == (False, 1)
+    assert finding.observed == "all but 1 of 40,000 images"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_no_number_keeps_no_rule(value: float) -> None:
+    """Great Expectations takes it for a missing value, which it passes over."""
+    facts = {"feature_ks": Fact(value), "answer_psi": Fact(0.0)}
+    assert [finding.passed for finding in judge_facts(facts, MODEL_RULES, CHECKS)] == [False, True]
+
+
 def test_look_alikes_are_not_sought_where_no_rule_asks(members: pd.DataFrame) -> None:
     """Not even hashes are needed then."""
     off = Limit(low=1, severity="off")
@@ -270,9 +289,9 @@ def test_a_model_of_one_channel_is_judged_by_luma(
     assert not {"offset", "spread"} & failing(right)
     assert abs(float(right["offset"].observed)) < 0.1
     assert float(right["spread"].observed) == pytest.approx(1, abs=0.1)
-    red = members[["mean_r", "std_r"]].mean() / 255
+    of_red = members[["mean_r", "std_r"]].mean() / 255
     assert {"offset", "spread"} <= failing(
-        split_findings(members, PreprocessSpec(mean=(red["mean_r"],), std=(red["std_r"],)))
+        split_findings(members, PreprocessSpec(mean=(of_red["mean_r"],), std=(of_red["std_r"],)))
     )
 
 
