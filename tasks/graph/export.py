@@ -64,6 +64,7 @@ def export_onnx(graph: GraphModule, example_NCHW: Tensor, path: Path, *, integer
     _integer_hard_swish(model)
     if integer_bias:
         _integer_biases(model)
+    _transposed_weights(model)
     _own_weights(model)
     _plain(model)
     ir.save(model, path)
@@ -161,6 +162,26 @@ def _integer_biases(model: ir.Model) -> None:
         dequantize = ir.node("DequantizeLinear", inputs, {"axis": 0}, name=f"{name}_dequantize")
         model.graph.insert_before(node, dequantize)
         node.replace_input_with(2, dequantize.outputs[0])
+
+
+def _transposed_weights(model: ir.Model) -> None:
+    """Store an INT8 weight as its layer reads it: a linear layer on tokens is a MatMul of the transposed weight."""
+    for node in list(model.graph):
+        dequantize = _dequantize_before(node.inputs[0]) if node.op_type == "Transpose" else None
+        steps = _array(dequantize.inputs[0]) if dequantize is not None else None
+        if dequantize is None or steps is None or steps.dtype != np.int8:
+            continue
+        order = node.attributes.get_ints("perm", tuple(reversed(range(steps.ndim))))
+        axis = order.index(dequantize.attributes.get_int("axis", 1))
+        name = str(node.outputs[0].name)
+        weight = _initializer(model, f"{name}_int8", np.ascontiguousarray(steps.transpose(order)))
+        inputs = [weight, *dequantize.inputs[1:]]
+        transposed = ir.node("DequantizeLinear", inputs, {"axis": axis}, name=f"{name}_dequantize")
+        model.graph.insert_before(node, transposed)
+        node.outputs[0].replace_all_uses_with(transposed.outputs[0])
+        model.graph.remove(node, safe=True)
+        if not dequantize.outputs[0].uses():
+            model.graph.remove(dequantize, safe=True)
 
 
 def _own_weights(model: ir.Model) -> None:

@@ -100,6 +100,14 @@ def faults(model: onnx.ModelProto, scheme: SchemeName) -> list[Finding]:
     return [finding for finding in lint(model, scheme) if finding.severity != "info"]
 
 
+def optimised_counts(path: Path) -> Counter[str]:
+    """Operators that ONNX Runtime makes of the file."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(path.with_suffix(".optimised.onnx")), 3
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(path.with_suffix(".optimised.onnx")).graph.node)
+
+
 def float_clips(model: onnx.ModelProto) -> list[str]:
     """A ReLU6 that did not become a layer's saturation; hard-swish clips integers."""
     clips = [node for node in model.graph.node if node.op_type == "Clip"]
@@ -278,10 +286,7 @@ def test_relu6_disappears_into_its_convolution(tmp_path: Path) -> None:
         inner = simulation.layers[1].input_quantizer
         inner.log_scale.fill_(math.log(inner.largest_scale))
     export_onnx(convert(simulation), images_NCHW, tmp_path / "relu6.onnx", integer_bias=True)
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimised.onnx"), 3
-    onnxruntime.InferenceSession(tmp_path / "relu6.onnx", options, providers=["CPUExecutionProvider"])
-    counts = Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
+    counts = optimised_counts(tmp_path / "relu6.onnx")
     assert counts["QLinearConv"] == 2
     assert not counts.keys() & {"Clip", "Conv", "FusedConv"}
 
@@ -302,10 +307,7 @@ def test_hard_swish_is_computed_on_integers(reach: float, tmp_path: Path) -> Non
     """Clipped and multiplied, not in float, and on each of the 256 values at most a step from the definition."""
     _, images_NCHW, path = swishing(reach, tmp_path)
     assert faults(onnx.load(path), ORT) == []
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimised.onnx"), 3
-    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    counts = Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
+    counts = optimised_counts(path)
     assert counts["Clip"] == counts["QLinearMul"] == 1
     assert not counts.keys() & {"HardSwish", "HardSigmoid", "Mul"}
 
@@ -364,6 +366,64 @@ def test_a_layer_that_is_used_twice(scheme: SchemeName, tmp_path: Path) -> None:
     with OnnxRuntimeEngine(tmp_path / "twice.onnx", threads=1) as engine:
         logits_NC = engine.run({"input": images_NCHW.numpy()})["logits"]
     np.testing.assert_allclose(logits_NC, graph(images_NCHW).detach().numpy(), atol=0.02)
+
+
+class Attention(nn.Module):
+    """Patches that attend to each other; the layer behind has no bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 32, 4, 4), nn.LayerNorm(32)
+        self.wide, self.narrow, self.head = nn.Linear(32, 96), nn.Linear(32, 32, bias=False), nn.Linear(32, 32)
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        tokens_NTC = self.stem(images_NCHW).flatten(2).transpose(1, 2)
+        query, key, value = self.wide(self.norm(tokens_NTC)).chunk(3, -1)
+        seen_NTC = (query @ key.transpose(1, 2) / 32**0.5).softmax(-1) @ value
+        logits_NK: Tensor = self.head((tokens_NTC + self.narrow(seen_NTC)).mean(1))
+        return logits_NK
+
+
+class Inverted(nn.Module):
+    """ConvNeXt's block: linear layers on [N, H, W, C]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 32, 4, 4), nn.LayerNorm(32)
+        self.deep = nn.Conv2d(32, 32, 3, padding=1, groups=32)
+        self.wide, self.narrow, self.head = nn.Linear(32, 96), nn.Linear(96, 32), nn.Linear(32, 32)
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        skip_NCHW = self.stem(images_NCHW)
+        wide_NHWC = nn.functional.gelu(self.wide(self.norm(self.deep(skip_NCHW).permute(0, 2, 3, 1))))
+        logits_NK: Tensor = self.head((skip_NCHW + self.narrow(wide_NHWC).permute(0, 3, 1, 2)).mean((2, 3)))
+        return logits_NK
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("network", [Attention, Inverted])
+def test_linear_layers_on_tokens(network: type[nn.Module], scheme: SchemeName, tmp_path: Path) -> None:
+    """Their weights are stored as MatMul reads them, and multiplied as integers, by the layer's name."""
+    torch.manual_seed(0)
+    images_NCHW = torch.randn(8, 3, 16, 16)
+    graph = converted_from(folded_from(network().eval(), images_NCHW), scheme, images_NCHW)
+    model = write(graph, images_NCHW[:2], tmp_path / "tokens.onnx", scheme)
+    assert [finding for finding in lint(model, scheme) if finding.severity == "error"] == []
+    stored = initializers(model)
+    for layer in (next(node for node in model.graph.node if node.name == name) for name in ("wide", "narrow")):
+        dequantize = producer_of(model, layer.input[1])
+        assert layer.op_type == "MatMul"
+        assert dequantize is not None
+        scale_O, zero_point_O = (stored[name] for name in dequantize.input[1:])
+        inputs, outputs = stored[dequantize.input[0]].dims
+        assert network().get_parameter(f"{layer.name}.weight").shape == (outputs, inputs)
+        assert scale_O.dims == zero_point_O.dims == [outputs]
+    counts = optimised_counts(tmp_path / "tokens.onnx")
+    assert counts["MatMulIntegerToFloat"] + counts["QLinearMatMul"] == 2
+    with OnnxRuntimeEngine(tmp_path / "tokens.onnx", threads=1) as engine:
+        logits_NK = engine.answer(images_NCHW.numpy())
+    expected_NK = graph(images_NCHW).detach().numpy()
+    np.testing.assert_allclose(logits_NK, expected_NK, atol=0.05 * expected_NK.std())
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
