@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -227,16 +228,22 @@ def _initializer(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
     return value
 
 
+def _layer(node: ir.Node) -> str | None:
+    """The module that a node computes a part of; None of what belongs to none below the model itself."""
+    text = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+    scopes = [scope for scope in text.strip("[]").replace("'", "").split(", ") if scope]
+    return scopes[-2] if len(scopes) > 1 and node.op_type not in ("QuantizeLinear", "DequantizeLinear") else None
+
+
 def _plain(model: ir.Model) -> None:
-    """Nodes named by their layer, unused constants gone, and no trace of the machine that exported."""
-    taken: Counter[str] = Counter()
-    for node in model.graph:
-        text = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
-        scopes = [scope for scope in text.strip("[]").replace("'", "").split(", ") if scope]
-        if len(scopes) > 1 and node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-            layer = scopes[-2]
-            node.name = f"{layer}_{taken[layer]}" if taken[layer] else layer
-            taken[layer] += 1
+    """Nodes named by their layer, no two alike; unused constants gone, and no trace of the machine that exported."""
+    names = [_layer(node) or str(node.name) for node in model.graph]
+    reserved, taken = set(names), set()
+    for node, name in zip(model.graph, names, strict=True):
+        numbered = (f"{name}_{number}" for number in count(1))
+        node.name = name if name not in taken else next(free for free in numbered if free not in reserved)
+        taken.add(node.name)
+        reserved.add(node.name)
     for holder in (model, model.graph, *model.graph, *(value for node in model.graph for value in node.outputs)):
         holder.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):

@@ -426,6 +426,36 @@ def test_linear_layers_on_tokens(network: type[nn.Module], scheme: SchemeName, t
     np.testing.assert_allclose(logits_NK, expected_NK, atol=0.05 * expected_NK.std())
 
 
+class Recycled(nn.Module):
+    """Its first layer is used again, and two have names that a count of uses could give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.conv_1, self.conv_2 = (nn.Conv2d(32, 32, 1) for _ in range(3))
+        self.head = nn.Linear(32, 32)
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        features_NCHW = self.conv(self.conv(images_NCHW).relu()).relu()
+        logits: Tensor = self.head(self.conv_2(self.conv_1(features_NCHW).relu()).mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_no_two_nodes_have_the_same_name(scheme: SchemeName, tmp_path: Path) -> None:
+    """ONNX Runtime refuses such a file, though it is valid; each layer has its own name."""
+    torch.manual_seed(0)
+    images_NCHW = torch.randn(4, 32, 4, 4)
+    graph = converted_from(folded_from(Recycled().eval(), images_NCHW), scheme, images_NCHW)
+    model = write(graph, images_NCHW[:2], tmp_path / "recycled.onnx", scheme)
+    names = [node.name for node in model.graph.node]
+    assert len(set(names)) == len(names)
+    layers = [node.name for node in model.graph.node if node.op_type in WEIGHTED]
+    assert layers == ["conv", "conv_3", "conv_1", "conv_2", "head"]
+    with OnnxRuntimeEngine(tmp_path / "recycled.onnx", threads=1) as engine:
+        logits_NC = engine.answer(images_NCHW.numpy())
+    np.testing.assert_allclose(logits_NC, graph(images_NCHW).detach().numpy(), atol=0.02)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_sums_that_overflow_16_bits_are_exact(scheme: SchemeName, tmp_path: Path) -> None:
     """The largest image on the largest weights: what CPUs without VNNI get wrong by default."""
