@@ -62,6 +62,7 @@ def export_onnx(graph: GraphModule, example_NCHW: Tensor, path: Path, *, integer
     assert exported is not None
     model = exported.model
     _global_pooling(model)
+    _average_of_what_is_inside(model)
     _integer_hard_swish(model)
     if integer_bias:
         _integer_biases(model)
@@ -94,6 +95,33 @@ def _global_pooling(model: ir.Model) -> None:
             node.op_type = "GlobalAveragePool"
             node.resize_inputs(1)
             node.attributes.clear()
+
+
+def _average_of_what_is_inside(model: ir.Model) -> None:
+    """Let an average whose last window reaches over the edge (`ceil_mode`) count no padding.
+
+    ONNX Runtime's integer kernel divides by the whole window where it counts padding. So padding that does count is
+    written as zeros around the integers: they must be quantized again, or ONNX Runtime makes padding of them.
+    """
+    for node in list(model.graph):
+        counts = (node.attributes.get_int(key, 0) for key in ("ceil_mode", "count_include_pad"))
+        if node.op_type != "AveragePool" or not all(counts):
+            continue
+        sides = node.attributes.get_ints("pads", ())
+        if any(sides):
+            before = _dequantize_before(node.inputs[0])
+            if before is None:
+                continue  # its float kernel is right
+            begins, ends = np.split(np.array(sides, np.int64), 2)
+            name, grid = str(node.outputs[0].name), before.inputs[1:]
+            pads = _initializer(model, f"{name}_pads", np.concatenate([[0, 0], begins, [0, 0], ends]))
+            pad = ir.node("Pad", [before.outputs[0], pads], name=f"{name}_pad")
+            quantize = ir.node("QuantizeLinear", [pad.outputs[0], *grid], name=f"{name}_quantize")
+            dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], *grid], name=f"{name}_dequantize")
+            model.graph.insert_before(node, [pad, quantize, dequantize])
+            node.replace_input_with(0, dequantize.outputs[0])
+            node.attributes.add(ir.AttrInt64s("pads", [0] * len(sides)))
+        node.attributes.add(ir.AttrInt64("count_include_pad", 0))
 
 
 def _integer_hard_swish(model: ir.Model) -> None:

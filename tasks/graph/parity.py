@@ -74,7 +74,7 @@ def layer_errors(
             raise ExportError(
                 f"Tensor {node.name} of the simulation is not in {path.name}.", remedy="Report the model."
             )
-        inputs, core = _region(producers, node.name)
+        inputs, core = _region(producers, recorder.values, node.name)
         if core is None:
             continue  # the model's input, or a tensor that was only moved
         piece = work / "layer.onnx"
@@ -107,15 +107,17 @@ class _Recorder(Interpreter):
         return value
 
 
-def _region(producers: dict[str, onnx.NodeProto], output: str) -> tuple[set[str], onnx.NodeProto | None]:
-    """Quantized tensors that a quantized tensor is computed from, and the node that does most of the work."""
+def _region(
+    producers: Mapping[str, onnx.NodeProto], values: Mapping[str, Tensor], output: str
+) -> tuple[set[str], onnx.NodeProto | None]:
+    """Quantized tensors of the simulation that another is computed from, and the node that does most of the work."""
     inputs: set[str] = set()
     core: onnx.NodeProto | None = None
     waiting = [producers[output].input[0]]
     while waiting:
         name = waiting.pop()
         node = producers.get(name)
-        if name == INPUT or (node is not None and node.op_type == "QuantizeLinear"):
+        if name == INPUT or (name in values and node is not None and node.op_type == "QuantizeLinear"):
             inputs.add(name)
             continue
         if node is None:

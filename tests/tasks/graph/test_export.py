@@ -456,6 +456,25 @@ def test_no_two_nodes_have_the_same_name(scheme: SchemeName, tmp_path: Path) -> 
     np.testing.assert_allclose(logits_NC, graph(images_NCHW).detach().numpy(), atol=0.02)
 
 
+@pytest.mark.parametrize("padding", [0, 1])
+def test_average_over_the_edge_divides_by_what_is_inside(padding: int, tmp_path: Path) -> None:
+    """With `ceil_mode`, in ONNX Runtime's integer kernel as in the file as it is written."""
+    torch.manual_seed(0)
+    pool = nn.AvgPool2d(3, 2, padding, ceil_mode=True)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), pool, nn.Conv2d(8, 8, 1), nn.Flatten(), nn.LazyLinear(4)).eval()
+    images_NCHW = torch.rand(8, 3, 8, 8)
+    model(images_NCHW)
+    path = tmp_path / "pool.onnx"
+    graph = converted_from(folded_from(model, images_NCHW), ORT, images_NCHW)
+    assert faults(write(graph, images_NCHW[:2], path, ORT), ORT) == []
+    assert optimised_counts(path)["QLinearAveragePool"] == 1
+    expected_NC = graph(images_NCHW).detach().numpy()
+    for optimise in (False, True):
+        with OnnxRuntimeEngine(path, threads=1, optimise=optimise) as engine:
+            found_NC = engine.answer(images_NCHW.numpy())
+        np.testing.assert_allclose(found_NC, expected_NC, atol=0.005)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_sums_that_overflow_16_bits_are_exact(scheme: SchemeName, tmp_path: Path) -> None:
     """The largest image on the largest weights: what CPUs without VNNI get wrong by default."""

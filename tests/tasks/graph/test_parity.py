@@ -71,17 +71,18 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[SchemeName, Expor
     with torch.no_grad():
         for _ in range(30):
             model(images_NCHW)
+    return {name: exported_from(model, images_NCHW, name, folder / f"{name}.onnx") for name in SCHEMES}
+
+
+def exported_from(model: nn.Module, images_NCHW: Tensor, scheme: SchemeName, path: Path) -> Exported:
     folded = capture(model, images_NCHW[:2])
     fold_batch_norm(folded)
-    made = {}
-    for name, scheme in SCHEMES.items():
-        simulation = simulate(folded, scheme, frozenset())
-        calibrate(simulation, lambda: [images_NCHW], QuantSpec(ranges="minmax"))
-        few_NCHW, path = images_NCHW[:6], folder / f"{name}.onnx"
-        exact = exact_tensors(simulation, few_NCHW)
-        program = export_onnx(convert(simulation), few_NCHW, path, integer_bias=scheme.integer_bias)
-        made[name] = Exported(program, path, exact, few_NCHW)
-    return made
+    simulation = simulate(folded, SCHEMES[scheme], frozenset())
+    calibrate(simulation, lambda: [images_NCHW], QuantSpec(ranges="minmax"))
+    few_NCHW = images_NCHW[:6]
+    exact = exact_tensors(simulation, few_NCHW)
+    program = export_onnx(convert(simulation), few_NCHW, path, integer_bias=SCHEMES[scheme].integer_bias)
+    return Exported(program, path, exact, few_NCHW)
 
 
 # TensorRT quantizes inputs only, so the region of `left.0` reaches to the input of `last` and holds `right.1` as well.
@@ -158,6 +159,28 @@ def test_file_of_another_program_is_refused(exported: dict[SchemeName, Exported]
     onnx.save(model, path)
     with pytest.raises(ExportError, match=r"Tensor quantize_per_tensor_3 of the simulation is not in other\.onnx"):
         errors_of(made, path, tmp_path)
+
+
+class Pooled(nn.Module):
+    """An average whose last window reaches over the edge, of a padded tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.pool = nn.Conv2d(3, 16, 1), nn.AvgPool2d(3, 2, 1, ceil_mode=True)
+        self.body, self.head = nn.Conv2d(16, 16, 1), nn.Linear(16, 16)
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        logits_NC: Tensor = self.head(self.body(self.pool(self.stem(images_NCHW))).mean((2, 3)))
+        return logits_NC
+
+
+def test_tensor_that_only_the_file_quantizes_is_part_of_its_layer(tmp_path: Path) -> None:
+    """Padding is quantized by itself there, and the pool is fed what the simulation pooled."""
+    torch.manual_seed(0)
+    made = exported_from(Pooled().eval(), torch.randn(8, 3, 16, 16), "onnxruntime", tmp_path / "pooled.onnx")
+    errors = errors_of(made, made.path, tmp_path)
+    assert list(steps_apart(errors)) == []
+    assert "AveragePool" in {error.op_type for error in errors}
 
 
 def test_whole_model_is_compared_by_its_answers() -> None:
