@@ -161,6 +161,30 @@ def test_file_of_another_program_is_refused(exported: dict[SchemeName, Exported]
         errors_of(made, path, tmp_path)
 
 
+class Focus(nn.Module):
+    """YOLO's stem, whose slices of rows are taken twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = nn.Conv2d(3, 16, 1), nn.Conv2d(64, 16, 1), nn.Linear(16, 16)
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        x = self.stem(images_NCHW).relu()
+        pixels = [x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]]
+        logits_NC: Tensor = self.head(self.body(torch.cat(pixels, 1)).mean((2, 3)))
+        return logits_NC
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_tensor_that_was_merged_with_its_equal_is_checked_once(scheme: SchemeName, tmp_path: Path) -> None:
+    """The exporter keeps one of equal tensors; each layer is still checked."""
+    torch.manual_seed(0)
+    made = exported_from(Focus().eval(), torch.randn(8, 3, 16, 16), scheme, tmp_path / "focus.onnx")
+    errors = errors_of(made, made.path, tmp_path)
+    assert list(steps_apart(errors)) == []
+    assert {error.layer for error in errors if error.op_type == "Conv"} == {"stem", "body"}
+
+
 class Pooled(nn.Module):
     """An average whose last window reaches over the edge, of a padded tensor."""
 
