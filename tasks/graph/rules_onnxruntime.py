@@ -15,6 +15,7 @@ from tasks.graph.rules import (
     Problem,
     Rule,
     batch_norm,
+    channel_axis,
     float_copies,
     foreign_opset,
     leftovers,
@@ -25,7 +26,8 @@ from tasks.graph.rules import (
 
 INTEGER_BIAS = ("Conv", "Gemm")  # the layers that ONNX Runtime adds an int32 bias in
 BIAS_SCALE_TOLERANCE = 1e-6  # relative; the product of two float32 scales is exact to 6e-8
-LARGEST_PRODUCT = 255 * 128  # of one UINT8 activation and one INT8 weight
+LARGEST_ACTIVATION = 255  # steps from its zero point
+LARGEST_INT32 = 2**31 - 1
 
 
 def _wrong_biases(graph: Graph) -> Iterator[Problem]:
@@ -56,15 +58,31 @@ def _wrong_bias(graph: Graph, layer: NodeProto) -> Iterator[Problem]:
     wanted_O = input_scale.astype(np.float64) * weight_scale_O
     if not _agree(scale_O.ravel(), wanted_O.ravel()):
         yield name_of(bias), "scales other than input scale times weight scale"
-    products = int(np.prod(graph.constants[graph.roots[layer.input[1]]].dims)) // max(steps_O.size, 1)
-    largest = int(np.abs(steps_O.astype(np.int64)).max(initial=0)) + products * LARGEST_PRODUCT
-    if largest > np.iinfo(np.int32).max:
-        yield name_of(bias), f"a bias that can overflow the layer's int32 sum ({largest:.3g})"
 
 
 def _agree(left: np.ndarray, right: np.ndarray) -> bool:
     same_size = left.size == right.size or 1 in (left.size, right.size)
     return same_size and np.allclose(left, right, rtol=BIAS_SCALE_TOLERANCE, atol=0)
+
+
+def _overflowing_sums(graph: Graph) -> Iterator[Problem]:
+    """By the largest sum that each output channel can reach with the weights it has."""
+    for layer in graph.layers:
+        weight = graph.producers.get(layer.input[1])
+        steps = graph.array(weight, 0) if weight is not None and weight.op_type == DEQUANTIZE else None
+        axis = channel_axis(layer, layer.input[1])
+        if weight is None or steps is None or axis is None or axis >= steps.ndim or not graph.is_quantized(layer):
+            continue
+        zero_point = graph.array(weight, 2)
+        zero = 0 if zero_point is None or not zero_point.size else int(zero_point.flat[0])  # L03 says if others differ
+        others = tuple(other for other in range(steps.ndim) if other != axis)
+        largest_O = LARGEST_ACTIVATION * np.abs(steps.astype(np.int64) - zero).sum(axis=others)
+        bias = graph.producers.get(layer.input[2]) if len(layer.input) > 2 else None
+        bias_O = graph.array(bias, 0) if bias is not None and graph.is_bias(bias) else None
+        if bias_O is not None and bias_O.size in (1, largest_O.size):
+            largest_O = largest_O + np.abs(bias_O.astype(np.int64)).reshape(-1)
+        if largest_O.max(initial=0) > LARGEST_INT32:
+            yield name_of(layer), f"a sum that may reach {largest_O.max():,}, over the {LARGEST_INT32:,} of int32"
 
 
 def _float_outputs(graph: Graph) -> Iterator[Problem]:
@@ -99,5 +117,6 @@ ONNXRUNTIME = (
         "Write zero points as constants: UINT8 for activations, INT8 and 0 for weights.",
     ),
     Rule("L06", "error", _wrong_biases, "Store biases of INT8 layers as INT32 in input scale times weight scale."),
+    Rule("L06", "error", _overflowing_sums, "Keep the layer float: quant.keep_float names it."),
     Rule("L17", "warning", _float_outputs, "Quantize its output too, or it runs in float between conversions."),
 )

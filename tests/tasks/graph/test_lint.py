@@ -3,8 +3,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 
 from tasks.contracts.errors import ExportError
 from tasks.contracts.spec import SchemeName
@@ -222,7 +224,7 @@ ERRORS: list[tuple[SchemeName, str, str, str, Changes]] = [
     ),
     (ORT, "L06", "conv1", "bias bf is not INT32", {**constant(f"float[8] bf = {ones(8)}"), "w1_d, b1_d": "w1_d, bf"}),
     (ORT, "L06", "b1_d", "input scale times weight scale", {"bs = {0.125,": "bs = {0.1250002,"}),
-    (ORT, "L06", "b2_d", "can overflow", {"int32[8] b = {1,": "int32[8] b = {-2147483647,"}),
+    (ORT, "L06", "conv2", "a sum that may reach 2,147,5", {"int32[8] b = {1,": "int32[8] b = {-2147483647,"}),
     (ORT, "L06", "b1_d", "zero point other than 0", {"int32[8] bz = {0,": "int32[8] bz = {1,"}),
     (
         ORT,
@@ -562,6 +564,34 @@ def test_every_rule_is_broken_by_a_test() -> None:
     }
     common = {(other, *rest) for _, *rest in broken for other in RULES}
     assert rules <= common
+
+
+WIDE = f"""
+<ir_version: 10, opset_import: ["": 20]>
+classifier (float[batch, 70000] input) => (float[batch, 8] logits)
+<
+  float s = {{0.5}}, uint8 z = {{3}}, float[8] ws = {{{", ".join(["0.25"] * 8)}}},
+  int32[8] b = {ones(8)}, float[8] bs = {{{", ".join(["0.125"] * 8)}}}, int32[8] bz = {zeros(8)}
+> {{
+  [q] q = QuantizeLinear(input, s, z)
+  [d] d = DequantizeLinear(q, s, z)
+  [w_d] w_d = DequantizeLinear<axis = 0>(w, ws, wz)
+  [b_d] b_d = DequantizeLinear<axis = 0>(b, bs, bz)
+  [fc] logits = Gemm<transB = 1>(d, w_d, b_d)
+}}"""
+
+
+@pytest.mark.parametrize(("step", "zero_point", "culprits"), [(120, 0, []), (121, 0, ["fc"]), (-121, -1, [])])
+def test_a_sum_overflows_by_the_weights_it_has(step: int, zero_point: int, culprits: list[str]) -> None:
+    """255 x 120 x 70,000 fits int32, and 255 x 121 x 70,000 does not; one channel is enough."""
+    wide = onnx.parser.parse_model(WIDE)
+    weight_OI = np.zeros((8, 70000), np.int8) + np.int8(zero_point)
+    weight_OI[3] = step
+    for name, array in (("w", weight_OI), ("wz", np.full(8, zero_point, np.int8))):
+        wide.graph.initializer.append(numpy_helper.from_array(array, name))
+    found = [finding for finding in lint(wide, ORT) if finding.rule == "L06"]
+    assert [finding.node for finding in found] == culprits
+    assert all("quant.keep_float" in finding.remedy for finding in found)
 
 
 def test_a_graph_that_is_not_onnx_is_not_read_any_further() -> None:
