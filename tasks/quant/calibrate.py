@@ -11,7 +11,7 @@ from torch.fx import Interpreter, Node
 
 from tasks.contracts.errors import DataError, QuantizeError
 from tasks.contracts.spec import QuantSpec
-from tasks.quant.capture import layer_of, read_tensor
+from tasks.quant.capture import aten, layer_of, read_tensor
 from tasks.quant.fake_quantize import FakeQuantizer, Mode
 from tasks.quant.simulate import Simulation
 
@@ -176,8 +176,8 @@ class _BiasCorrection(Interpreter):
         if (
             layer is not None and layer.bias is not None and len(layer.bias.users) == 1
         ):  # one bias cannot undo two errors
-            channels = 1 if node.meta["val"].dim() > 2 else -1
-            others = [axis for axis in range(exact.dim()) if axis != channels % exact.dim()]
+            channels = exact.dim() - 1 if node.target == aten.linear.default else 1
+            others = [axis for axis in range(exact.dim()) if axis != channels]
             shift_O = (exact - simulated).mean(others)
             read_tensor(self._simulation.graph, layer.bias).add_(shift_O)
             simulated = simulated + shift_O.reshape([-1 if axis not in others else 1 for axis in range(exact.dim())])

@@ -209,6 +209,35 @@ def test_bias_correction_takes_the_mean_error_from_every_layer(
     assert {quantizer.mode for quantizer in simulation.quantizers()} == {Mode.SIMULATE}
 
 
+class Tokens(nn.Module):
+    """A linear layer on pixels: its channels come last, behind one axis of pixels or behind height and width."""
+
+    def __init__(self, *, together: bool) -> None:
+        super().__init__()
+        self.patches, self.mix, self.head = nn.Conv2d(1, 16, 4, 4), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.together = together
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).permute(0, 2, 3, 1)
+        y: Tensor = self.mix(x.flatten(1, 2) if self.together else x).relu()
+        return self.head(y).flatten(1, -2).mean(1)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("together", [True, False])
+def test_bias_correction_knows_where_the_channels_of_a_linear_layer_are(scheme: str, together: bool) -> None:
+    """They are last, also where there are as many pixels as channels and a wrong axis would fit."""
+    images_NCHW = torch.randn(48, 1, 16, 16) + torch.linspace(0, 3, 16)  # pixels are not alike
+    simulation = simulation_of(graph_of(Tokens(together=together), images_NCHW), scheme)
+    calibrate(simulation, lambda: [images_NCHW], QuantSpec(ranges="percentile", percentile=99))
+    exact = layer_outputs(simulation, images_NCHW, Mode.PASS)
+    correct_biases(simulation, images_NCHW)
+    simulated = layer_outputs(simulation, images_NCHW, Mode.SIMULATE)
+    for name in ("mix", "head"):
+        error_C = (simulated[name] - exact[name]).flatten(0, -2).mean(0)
+        assert float(error_C.abs().max() / exact[name].std()) < 1e-4
+
+
 class Twice(nn.Module):
     """One convolution, used twice."""
 
