@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from tasks.contracts.errors import ModelError, QuantizeError
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv2d.default, aten.conv1d.default, aten.conv3d.default)
 WEIGHTED = (*CONVOLUTIONS, aten.linear.default)
+_PADDED_BY_NAME = (aten.conv2d.padding, aten.conv1d.padding, aten.conv3d.padding)
 _BATCH_NORM = aten._native_batch_norm_legit_no_training.default
 FOLD_TOLERANCE = 1e-3  # of the logits' spread; float32 rounding through 160 layers stays a hundred times below
 
@@ -40,6 +42,8 @@ def capture(model: nn.Module, example_NCHW: Tensor) -> GraphModule:
     for node in graph.graph.nodes:
         if node.target == aten.view.default:
             node.target = aten.reshape.default  # a view fails on the channels-last tensors of training
+        elif node.target in _PADDED_BY_NAME:
+            _pad_by_numbers(graph, node)
     graph.recompile()
     return graph
 
@@ -54,6 +58,24 @@ def _reason(error: Exception) -> str:
         return first
     path, line, function, code = ours[-1]
     return f"{first} At {path}:{line}, in {function}: {code.strip()}"
+
+
+def _pad_by_numbers(graph: GraphModule, layer: Node) -> None:
+    """Write padding "same" or "valid" as numbers; what an even kernel needs more at its end, as a pad before."""
+    args: list[Any] = list(layer.args)
+    kernel = args[1].meta["val"].shape[2:]
+    defaults = [None, [1] * len(kernel), "valid", [1] * len(kernel), 1]
+    source, weight, bias, stride, padding, dilation, groups = args + defaults[len(args) - 2 :]
+    totals = [step * (size - 1) if padding == "same" else 0 for step, size in zip(dilation, kernel, strict=True)]
+    if any(total % 2 for total in totals):
+        ends = [end for total in reversed(totals) for end in (0, total % 2)]
+        with graph.graph.inserting_before(layer):
+            padded = graph.graph.call_function(aten.constant_pad_nd.default, (source, ends))
+        padded.meta = {**layer.meta, "val": aten.constant_pad_nd.default(source.meta["val"], ends)}
+        source = padded
+    assert isinstance(layer.target, torch._ops.OpOverload)
+    layer.target = layer.target.overloadpacket.default
+    layer.args = (source, weight, bias, stride, [total // 2 for total in totals], dilation, groups)
 
 
 def layer_of(node: Node) -> str:

@@ -9,7 +9,16 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from tasks.contracts.errors import ModelError, QuantizeError
-from tasks.quant.capture import FOLD_TOLERANCE, aten, capture, fold_batch_norm, fold_error, layer_of, read_tensor
+from tasks.quant.capture import (
+    FOLD_TOLERANCE,
+    WEIGHTED,
+    aten,
+    capture,
+    fold_batch_norm,
+    fold_error,
+    layer_of,
+    read_tensor,
+)
 
 
 @torch.no_grad()
@@ -97,6 +106,7 @@ FOLDABLE = {
     "grouped": (nn.Sequential(nn.Conv2d(6, 9, 3, groups=3, stride=2, padding=1), nn.BatchNorm2d(9)), (6, 6, 6)),
     "conv1d": (nn.Sequential(nn.Conv1d(6, 8, 3, dilation=2), nn.BatchNorm1d(8)), (6, 9)),
     "conv3d": (nn.Sequential(nn.Conv3d(2, 4, 3), nn.BatchNorm3d(4)), (2, 5, 5, 5)),
+    "same padding": (nn.Sequential(nn.Conv2d(6, 8, 3, dilation=2, padding="same"), nn.BatchNorm2d(8)), (6, 6, 6)),
     "linear": (nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8)), (6,)),
     "linear without bias": (nn.Sequential(nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8)), (6,)),
     "plain norm": (nn.Sequential(nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8, affine=False)), (6, 6, 6)),
@@ -115,6 +125,29 @@ def test_batch_norm_disappears_into_its_layer(model: nn.Module, shape: tuple[int
     fold_batch_norm(graph)
     assert not set(targets(graph)) - {"conv1d", "conv2d", "conv3d", "linear", "relu"}
     assert fold_error(model, graph, [images]) < 1e-5
+
+
+NAMED_PADDING = {
+    "odd kernel": (nn.Conv2d(3, 4, (3, 5), padding="same"), (3, 8, 8), [1, 2]),
+    "dilated": (nn.Conv2d(3, 4, 3, padding="same", dilation=(1, 3), bias=False), (3, 8, 8), [1, 3]),
+    "even kernel": (nn.Conv2d(4, 4, (2, 3), padding="same", groups=2), (4, 8, 8), [0, 1]),
+    "even and dilated": (nn.Conv2d(3, 4, (4, 2), padding="same", dilation=(1, 3)), (3, 9, 9), [1, 1]),
+    "valid": (nn.Conv2d(3, 4, 3, 2, padding="valid"), (3, 8, 8), [0, 0]),
+    "conv1d": (nn.Conv1d(3, 4, 4, padding="same"), (3, 9), [1]),
+    "conv3d": (nn.Conv3d(2, 4, (2, 3, 4), padding="same"), (2, 5, 5, 5), [0, 1, 1]),
+}
+
+
+@pytest.mark.parametrize(("conv", "shape", "pads"), NAMED_PADDING.values(), ids=NAMED_PADDING.keys())
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_padding_by_name_becomes_numbers(conv: nn.Module, shape: tuple[int, ...], pads: list[int]) -> None:
+    """So that the layer is one of those that are folded and quantized, with the values of the model."""
+    images = torch.randn(3, *shape)
+    graph = capture(nn.Sequential(conv, nn.Flatten()), images[:2])
+    (layer,) = (node for node in graph.graph.nodes if node.target in WEIGHTED)
+    assert layer.args[4] == pads
+    assert ("constant_pad_nd" in targets(graph)) == any(size % 2 == 0 for size in conv.kernel_size)  # type: ignore[union-attr]
+    torch.testing.assert_close(graph(images), conv(images).flatten(1))
 
 
 class Dense(nn.Module):
