@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections.abc import Iterable
@@ -26,7 +27,8 @@ def capture(model: nn.Module, example_NCHW: Tensor) -> GraphModule:
     """The inference graph of `model`, functional ATen, with a dynamic batch.
 
     Raises:
-        ModelError: if `torch.export` cannot take the model; the message says where in the user's code.
+        ModelError: if `torch.export` cannot take the model, where in the user's code the message says; or if a weight
+            is not constant.
     """
     batch = {0: torch.export.Dim.DYNAMIC}
     try:
@@ -44,6 +46,7 @@ def capture(model: nn.Module, example_NCHW: Tensor) -> GraphModule:
             node.target = aten.reshape.default  # a view fails on the channels-last tensors of training
         elif node.target in _PADDED_BY_NAME:
             _pad_by_numbers(graph, node)
+    _store_computed_weights(graph)
     graph.recompile()
     return graph
 
@@ -76,6 +79,42 @@ def _pad_by_numbers(graph: GraphModule, layer: Node) -> None:
     assert isinstance(layer.target, torch._ops.OpOverload)
     layer.target = layer.target.overloadpacket.default
     layer.args = (source, weight, bias, stride, [total // 2 for total in totals], dilation, groups)
+
+
+@torch.no_grad()
+def _store_computed_weights(graph: GraphModule) -> None:
+    """Make a weight that is computed from parameters alone, such as a normalized one, a parameter of its own."""
+
+    @functools.cache
+    def value_of(node: Node) -> Any:
+        if node.op == "get_attr":
+            return read_tensor(graph, node)
+        assert callable(node.target)
+        args: Any = torch.fx.map_arg(node.args, value_of)
+        kwargs: Any = torch.fx.map_arg(node.kwargs, value_of)
+        return node.target(*args, **kwargs)
+
+    of_images: set[Node] = set()
+    for layer in graph.graph.nodes:
+        if layer.op == "placeholder" or not of_images.isdisjoint(layer.all_input_nodes):
+            of_images.add(layer)
+        if layer.target not in (*WEIGHTED, _BATCH_NORM):
+            continue
+        for argument, given in zip(layer.target._schema.arguments[1:], layer.args[1:], strict=False):
+            if not isinstance(given, Node) or given.op == "get_attr":
+                continue
+            if given in of_images:
+                raise ModelError(
+                    f"Layer {layer_of(layer)} computes its {argument.name} from the image; INT8 needs a constant one.",
+                    remedy="Compute it from parameters alone, or write a product as torch.matmul, which stays float.",
+                )
+            name = f"{layer.name}_{argument.name}"
+            write_parameter(graph, name, value_of(given).contiguous())
+            with graph.graph.inserting_before(given):
+                stored = graph.graph.get_attr(name)
+            stored.meta = dict(given.meta)
+            given.replace_all_uses_with(stored)
+    graph.graph.eliminate_dead_code()
 
 
 def layer_of(node: Node) -> str:
@@ -140,10 +179,10 @@ def _fold(graph: GraphModule, layer: Node, norm: Node) -> None:
     fuse = fuse_linear_bn_weights if layer.target == aten.linear.default else fuse_conv_bn_weights
     weight, bias = fuse(read_tensor(graph, weight_node), bias, mean, variance, epsilon, gamma, beta)
     write_parameter(graph, str(weight_node.target), weight)
-    bias_name = str(weight_node.target).rpartition(".")[0] + ".folded_bias"
-    write_parameter(graph, bias_name.removeprefix("."), bias)
+    bias_name = str(weight_node.target).removesuffix("weight") + "folded_bias"
+    write_parameter(graph, bias_name, bias)
     with graph.graph.inserting_before(layer):
-        bias_node = graph.graph.get_attr(bias_name.removeprefix("."))
+        bias_node = graph.graph.get_attr(bias_name)
     layer.args = (layer.args[0], weight_node, bias_node, *layer.args[3:])
     _replace_output(norm, layer)
 

@@ -150,6 +150,69 @@ def test_padding_by_name_becomes_numbers(conv: nn.Module, shape: tuple[int, ...]
     torch.testing.assert_close(graph(images), conv(images).flatten(1))
 
 
+class Standardized(nn.Conv2d):
+    """Its weight is standardized at each call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) / self.weight.std((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+class Computed(nn.Module):
+    """Weights as they are written by hand: tied and transposed, or normalized for the cosine of an angle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel, self.classes = nn.Parameter(torch.randn(4, 3, 1, 1)), nn.Parameter(torch.randn(5, 3))
+        self.norms = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide, narrow = self.norms
+        x = wide(nn.functional.conv2d(x, self.kernel))
+        x = narrow(nn.functional.conv2d(x, self.kernel.transpose(0, 1))).mean((2, 3))
+        return nn.functional.linear(x, nn.functional.normalize(self.classes), self.classes.sum(1))
+
+
+COMPUTED = {
+    "weight norm": nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)),
+    "spectral norm": nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)),
+    "standardized": nn.Sequential(Standardized(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), Standardized(4, 4, 3)),
+    "by hand": Computed(),
+}
+
+
+@pytest.mark.parametrize("model", COMPUTED.values(), ids=COMPUTED.keys())
+def test_a_computed_weight_becomes_a_parameter(model: nn.Module) -> None:
+    """Computed once, trained from then on, and each batch norm goes into the layer before it."""
+    images = torch.randn(7, 3, 8, 8)
+    graph = capture(settled(model, images), images[:2])
+    fold_batch_norm(graph)
+    parameters = dict(graph.named_parameters())
+    layers = [node for node in graph.graph.nodes if node.target in WEIGHTED]
+    assert all(str(given.target) in parameters for layer in layers for given in layer.all_input_nodes[1:])
+    assert not {"sub", "div", "transpose", "sum", "_weight_norm_interface"} & set(targets(graph))
+    assert fold_error(model, graph, [images]) < 1e-5
+
+
+class Dynamic(nn.Module):
+    """A convolution whose kernel the image decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = nn.functional.conv2d(x, self.conv.weight * x.mean())
+        return y
+
+
+def test_a_weight_that_depends_on_the_image_is_refused() -> None:
+    """It has no steps of its own; the message names the layer."""
+    with pytest.raises(ModelError, match="Layer 0 computes its weight from the image") as caught:
+        capture(nn.Sequential(Dynamic()), torch.randn(2, 3, 4, 4))
+    assert "torch.matmul" in caught.value.remedy
+
+
 class Dense(nn.Module):
     """A block that begins with a batch norm and concatenates, as in DenseNet."""
 
