@@ -347,7 +347,7 @@ def _within(upstream: Tensor, x: Tensor, low: float, high: float) -> Tensor:
 
 def _flat(part: int, *tensors: Tensor) -> list[Tensor]:
     """The first `part` of tensors of one shape along the first axis, each [K] in one order; views where they can be."""
-    plain = tensors[-1].dim() < 4 or tensors[-1].is_contiguous()
+    plain = tensors[-1].dim() != 4 or tensors[-1].is_contiguous()
     layout = torch.contiguous_format if plain else torch.channels_last
     size = (part * (tensors[0].numel() // len(tensors[0])),)
     return [tensor.contiguous(memory_format=layout).as_strided(size, (1,)) for tensor in tensors]

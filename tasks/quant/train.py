@@ -105,7 +105,10 @@ class Trainer:
         group: Group | None = None,
     ) -> None:
         self._group = group or Group()
-        self._graph = simulation.graph.to(device).to(memory_format=torch.channels_last)
+        self._graph = simulation.graph.to(device)
+        for parameter in self._graph.parameters():
+            if parameter.dim() == 4:  # of all of a module's tensors, torch would do it to those of Conv3d too, and fail
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self._images, self._selection, self._spec, self._seed = images, selection, spec, seed
         self._feed = Feed(images.preprocess, device)
         self._folder = folder

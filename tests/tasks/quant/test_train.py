@@ -142,6 +142,31 @@ def test_training_brings_the_simulation_to_its_teacher(tmp_path: Path) -> None:
     assert {quantizer.mode for quantizer in simulation.quantizers()} == {Mode.SIMULATE}
 
 
+class Volume(nn.Module):
+    """A Conv3d on what a Conv2d gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat, self.deep, self.head = nn.Conv2d(1, 4, 3, 2), nn.Conv3d(4, 4, (1, 3, 3)), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.deep(self.flat(x).relu().unsqueeze(2)).relu()
+        return self.head(y.mean((2, 3, 4)))  # type: ignore[no-any-return]
+
+
+def test_three_dimensional_convolutions_are_trained(tmp_path: Path) -> None:
+    """Channels last is a layout of images and their kernels alone."""
+    torch.manual_seed(0)
+    graph = capture(Volume(), torch.zeros(2, 1, 16, 16))
+    simulation = simulate(graph, SCHEMES["onnxruntime"], frozenset())
+    calibrate(simulation, lambda: [tensors_of(TRAIN)], QuantSpec(ranges="percentile", percentile=90))
+    before = {name: tensor.clone() for name, tensor in state_of(simulation).items()}
+    train(simulation, graph, TRAIN, SELECTION, SPEC, seed=0, device=CPU, folder=tmp_path)
+    learnt = {name for name, tensor in state_of(simulation).items() if not torch.equal(tensor, before[name])}
+    assert {"flat.weight", "deep.weight", "head.weight"} <= learnt
+    assert simulation.graph.get_parameter("flat.weight").is_contiguous(memory_format=torch.channels_last)
+
+
 def test_scale_behind_relu6_never_covers_more_than_it(tmp_path: Path) -> None:
     """Wherever training would like to have it."""
     simulation = badly_calibrated()
