@@ -6,7 +6,7 @@ Axes: N image, P pair, M image of one bucket, B bucket.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import combinations, compress, pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -73,11 +73,12 @@ def _new_links(
     if (shared_M[CROWD:] == shared_M[:-CROWD]).any():
         groups_N = _components(links_P2, len(hashes_N))
         starts_B = np.flatnonzero(np.diff(shared_M, prepend=~shared_M[:1]))
-        is_crowd_B = np.diff(starts_B, append=len(rows_M)) > CROWD
-        buckets = np.split(rows_M, starts_B[1:])
-        for bucket in compress(buckets, is_crowd_B):
-            yield _links_of_crowd(bucket, hashes_N, thumbnails_NB, masks, radius, groups_N)
-        rows_M = np.concatenate([rows_M[:0], *compress(buckets, ~is_crowd_B)])
+        sizes_B = np.diff(starts_B, append=len(rows_M))
+        is_crowd_B = sizes_B > CROWD
+        for start, size in zip(starts_B[is_crowd_B], sizes_B[is_crowd_B], strict=True):
+            crowd_M = rows_M[start : start + size]
+            yield _links_of_crowd(crowd_M, hashes_N, thumbnails_NB, masks, radius, groups_N)
+        rows_M = rows_M[np.repeat(~is_crowd_B, sizes_B)]
     yield _alike(thumbnails_NB, _pairs_of_few(rows_M, hashes_N, masks, radius))
 
 
