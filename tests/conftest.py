@@ -6,10 +6,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from uuid import uuid4
 
+import hypothesis
 import pytest
 
 from tests.tasks.stores.s3_server import BUCKET, NoServerError, S3Server
 from tests.tasks.stores.s3_server import s3_server as start_s3_server
+
+# How long an example takes says nothing: the machine may be busy.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 
 def pytest_configure() -> None:

@@ -21,7 +21,7 @@ st.register_type_strategy(PreprocessSpec, st.just(PreprocessSpec()))  # has a ru
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@hypothesis.settings(max_examples=15, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+@hypothesis.settings(max_examples=15, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 @hypothesis.given(drawn=st.data())
 def test_every_record_survives_json(kind: type[Record], drawn: st.DataObject) -> None:
     """Any record that can be made is equal to what is read back, NaN and infinity included."""

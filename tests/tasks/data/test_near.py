@@ -38,7 +38,7 @@ def all_groups(hashes_N: np.ndarray, thumbnails_NB: np.ndarray, radius: int) -> 
     radius=st.integers(0, 8),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_index_finds_what_all_pairs_would(
     crowd: int, families: list[int], centres: list[int], radius: int, seed: int
 ) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_image
@@ -61,7 +61,6 @@ def test_normalise_equals_torchvision(channels: int) -> None:
     assert values_NCHW.flags.c_contiguous
 
 
-@settings(deadline=None)
 @given(st.integers(1, 900), st.integers(1, 900), st.integers(1, 300))
 def test_short_side_takes_the_size_asked_for(width: int, height: int, side: int) -> None:
     """The short side is exact; the long one is rounded down, as torchvision does."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tasks.contracts.errors import DataError
@@ -52,7 +52,6 @@ def tables(draw: st.DrawFn) -> tuple[list[int], DataSpec]:
     return counts, spec(calibration, selection, gate)
 
 
-@settings(deadline=None)
 @given(tables(), st.integers(0, 2**32 - 1))
 def test_splits_are_disjoint_complete_and_stratified(table: tuple[list[int], DataSpec], seed: int) -> None:
     """Each image is in one split, sizes are as asked, and each class gives its exact share rounded up or down."""
@@ -69,7 +68,6 @@ def test_splits_are_disjoint_complete_and_stratified(table: tuple[list[int], Dat
         assert (np.abs(found - shares) < 1).all()
 
 
-@settings(deadline=None)
 @given(tables(), st.randoms(use_true_random=False))
 def test_members_follow_pixels_and_seed_alone(table: tuple[list[int], DataSpec], random: object) -> None:
     """Another order of the files, as another file system gives it, changes neither members nor their order."""

@@ -35,7 +35,7 @@ def test_each_process_gets_a_gpu_of_its_own_and_a_killed_one_gives_it_back(tmp_p
         assert (zero, one) == (0, 1)
         told: list[str] = []
         with pytest.raises(EngineError, match=rf"GPU 0 by process {first.pid}, GPU 1 by process {second.pid}"):
-            reserve_gpu([0, 1], patience_s=0.01, waiting=told.append, folder=tmp_path)
+            reserve_gpu([0, 1], patience_s=1, waiting=told.append, folder=tmp_path)
         assert told == [f"GPU 0 by process {first.pid}, GPU 1 by process {second.pid}"]
         second.send_signal(signal.SIGKILL)
         second.wait()

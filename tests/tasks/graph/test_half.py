@@ -211,7 +211,7 @@ def test_a_scale_that_is_too_small_is_raised() -> None:
     assert not [array for name, array in after.items() if name not in ("s", "t") and array.dtype == np.float32]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.floats(1e-9, 6e-5), min_size=3, max_size=3), st.integers(-128, 127))
 def test_no_raised_weight_moves_by_more_than_half_a_step(scales: list[float], steps: int) -> None:
     """In steps of float16's smallest scale."""

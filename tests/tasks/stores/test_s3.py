@@ -89,7 +89,7 @@ def through(s3_url: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture
 def short_wait(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits long for what does not come. Large parts may take longer. `s3_url` comes first: it unsets all."""
-    monkeypatch.setenv("REQUANT_S3_READ_TIMEOUT_S", "0.5")
+    monkeypatch.setenv("REQUANT_S3_READ_TIMEOUT_S", "3")
 
 
 def prefix_of(url: str) -> str:
@@ -133,6 +133,7 @@ def test_a_killed_upload_goes_on_where_it_was(
     """Another process finishes the same multipart upload and sends only the parts that are missing."""
     enough, stuck, lock = threading.Event(), threading.Event(), threading.Lock()
     sent: list[str] = []
+    stored: list[str] = []
 
     def stop_after_two(exchange: Exchange) -> bool:
         if "partNumber=" not in exchange.path:
@@ -141,20 +142,24 @@ def test_a_killed_upload_goes_on_where_it_was(
             sent.append(exchange.path)
             late = len(sent) > 2
         if late:
-            stuck.wait(30)
+            stuck.wait()
             return True
-        exchange.deliver(*exchange.fetch())
-        if len(sent) > 2:
-            enough.set()
+        answer = exchange.fetch()  # from here on the server has the part
+        with lock:
+            stored.append(exchange.path)
+            if len(stored) == 2:
+                enough.set()
+        exchange.deliver(*answer)
         return True
 
     through(stop_after_two)
     process = subprocess.Popen([sys.executable, "-c", PUT, s3_url, str(large)])
-    assert enough.wait(30)
-    time.sleep(0.5)  # until both are there
-    process.kill()
-    process.wait()
-    stuck.set()
+    try:
+        assert enough.wait(300)
+    finally:
+        process.kill()
+        process.wait()
+        stuck.set()
     (upload_id,) = opened_uploads(s3_server, s3_url)
     assert open_store(s3_url).list("") == []
     requests: list[tuple[str, str]] = []
