@@ -19,6 +19,7 @@ aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv2d.default, aten.conv1d.default, aten.conv3d.default)
 WEIGHTED = (*CONVOLUTIONS, aten.linear.default)
 _PADDED_BY_NAME = (aten.conv2d.padding, aten.conv1d.padding, aten.conv3d.padding)
+_POOLED_BY_DIVISOR = (aten.avg_pool2d.default, aten.avg_pool3d.default)
 _BATCH_NORM = aten._native_batch_norm_legit_no_training.default
 FOLD_TOLERANCE = 1e-3  # of the logits' spread; float32 rounding through 160 layers stays a hundred times below
 
@@ -27,8 +28,8 @@ def capture(model: nn.Module, example_NCHW: Tensor) -> GraphModule:
     """The inference graph of `model`, functional ATen, with a dynamic batch.
 
     Raises:
-        ModelError: if `torch.export` cannot take the model, where in the user's code the message says; or if a weight
-            is not constant.
+        ModelError: if `torch.export` cannot take the model (the message says where in the user's code), a weight is
+            computed from the image, or a pooling has a divisor of its own.
     """
     batch = {0: torch.export.Dim.DYNAMIC}
     try:
@@ -46,6 +47,11 @@ def capture(model: nn.Module, example_NCHW: Tensor) -> GraphModule:
             node.target = aten.reshape.default  # a view fails on the channels-last tensors of training
         elif node.target in _PADDED_BY_NAME:
             _pad_by_numbers(graph, node)
+        elif node.target in _POOLED_BY_DIVISOR and len(node.args) == 7 and node.args[6] is not None:
+            raise ModelError(
+                f"Pooling {layer_of(node)} has divisor_override={node.args[6]}, which ONNX cannot say.",
+                remedy="Leave it out and multiply the result by the kernel's size over the divisor.",
+            )
     _store_computed_weights(graph)
     graph.recompile()
     return graph

@@ -342,6 +342,16 @@ def test_models_that_cannot_be_traced_are_refused(model: nn.Module) -> None:
     assert isinstance(caught.value.__cause__, Exception)
 
 
+@pytest.mark.parametrize(("pool", "size"), [(nn.AvgPool2d, (4, 4)), (nn.AvgPool3d, (4, 4, 4))])
+def test_a_pooling_with_a_divisor_of_its_own_is_refused(pool: type[nn.Module], size: tuple[int, ...]) -> None:
+    """The ONNX file would divide by the kernel's size all the same."""
+    images = torch.randn(2, 3, *size)
+    with pytest.raises(ModelError, match="Pooling 0 has divisor_override=3, which ONNX cannot say") as caught:
+        capture(nn.Sequential(pool(2, divisor_override=3)), images)
+    assert "multiply the result" in caught.value.remedy
+    assert "avg_pool" in targets(capture(nn.Sequential(pool(2)), images))[0]
+
+
 def test_aten_names_are_the_operators() -> None:
     """Rules elsewhere compare targets with these."""
     graph = capture(nn.Conv2d(3, 4, 3).eval(), torch.randn(2, 3, 8, 8))
