@@ -158,7 +158,9 @@ def fold_batch_norm(graph: GraphModule) -> None:
             continue
         layer = node.args[0]
         foldable = layer.target in WEIGHTED and len(layer.users) == 1 and len(layer.args[1].users) == 1
-        if foldable:
+        # Of tokens, a linear layer's channels are the last axis and a batch norm's the second.
+        on_tokens = layer.target == aten.linear.default and layer.meta["val"].dim() > 2
+        if foldable and not on_tokens:
             _fold(graph, layer, node)
         else:
             _as_scale_and_shift(graph, node)

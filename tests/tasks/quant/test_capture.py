@@ -268,7 +268,21 @@ class TwoReaders(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("model", [Dense(), Twice(), Tied(), TwoReaders()], ids=lambda model: type(model).__name__)
+class OnTokens(nn.Module):
+    """A linear layer on tokens and a batch norm over them: eight tokens of eight features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(24, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.linear(x.transpose(1, 2).flatten(2)))
+        return y
+
+
+@pytest.mark.parametrize(
+    "model", [Dense(), Twice(), Tied(), TwoReaders(), OnTokens()], ids=lambda model: type(model).__name__
+)
 def test_batch_norm_without_a_layer_of_its_own_becomes_scale_and_shift(model: nn.Module) -> None:
     """It cannot be folded, so it is one product and one sum, and the logits are the same."""
     images = torch.randn(7, 3, 8, 8)
