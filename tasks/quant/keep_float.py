@@ -7,7 +7,6 @@ tried together: what lies between them is INT8 as long as one of them is.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from itertools import combinations
@@ -71,10 +70,13 @@ def _sum(macs: Counter[str], names: frozenset[str]) -> int:
 def macs_of(graph: GraphModule) -> Counter[str]:
     """Multiply-accumulates of each layer for one image."""
     macs: Counter[str] = Counter()
+    (images,) = graph.graph.find_nodes(op="placeholder")
+    batch = images.meta["val"].shape[0]
     for node in graph.graph.nodes:
         if node.target in WEIGHTED:
             weight = read_tensor(graph, node.args[1])
-            macs[layer_of(node)] += math.prod(node.meta["val"].shape[1:]) * weight[0].numel()
+            outputs = node.meta["val"].numel() // batch  # tokens and windows may stand before the batch, or in one axis
+            macs[layer_of(node)] += int(outputs) * weight[0].numel()
     return macs
 
 

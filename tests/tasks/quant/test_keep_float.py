@@ -109,6 +109,25 @@ def test_the_budget_is_kept(lopsided: GraphModule, photos_NCHW: Tensor) -> None:
     assert "head" in kept
 
 
+class Attention(nn.Module):
+    """Attention over pixels, whose layers see the batch behind the tokens or in one axis with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        y: Tensor = self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        return y.mean(1)
+
+
+def test_products_of_tokens_are_counted_for_one_image() -> None:
+    """Wherever the batch is."""
+    graph = capture(Attention().eval(), torch.randn(2, 16, 3, 3))
+    assert macs_of(graph) == {"attention": 9 * 16 * 48 + 9 * 16 * 16}
+
+
 def test_a_model_that_no_layer_spoils_stays_integer(photos_NCHW: Tensor) -> None:
     """Its error is far below what changes answers."""
     even = capture(Lopsided(1.0).eval(), photos_NCHW[:2])
