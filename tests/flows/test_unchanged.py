@@ -66,6 +66,13 @@ def changed(run: Run) -> set[str]:
     return {part.split(" ")[0] for part in listed.split(", ")}
 
 
+def scale_weights(place: Place, factor: float, to: str) -> Path:
+    """Other weights than those that the spec names, written to that name or another."""
+    state = safetensors.torch.load_file(place.path / "plain.safetensors")
+    safetensors.torch.save_file({name: tensor * factor for name, tensor in state.items()}, place.path / to)
+    return place.path / to
+
+
 def test_a_night_with_no_change_is_over_at_once(
     first: tuple[Place, Run], after_first: Place, plain: dict[str, Any]
 ) -> None:
@@ -108,9 +115,7 @@ def test_nothing_heavy_is_loaded_for_it(after_first: Place, prefect_server: str)
 
 def test_other_weights_start_from_the_model(after_first: Place, plain: dict[str, Any]) -> None:
     """The data are not judged or decoded again; what the model decides is done; and the night after is quiet."""
-    path = after_first.path / "plain.safetensors"
-    state = safetensors.torch.load_file(path)
-    safetensors.torch.save_file({name: tensor * 1.001 for name, tensor in state.items()}, path)
+    scale_weights(after_first, 1.001, "plain.safetensors")
     run = after_first.run(plain)
     assert changed(run) == {"weights"}
     assert taken(run) == BEFORE_MODEL
@@ -120,9 +125,7 @@ def test_other_weights_start_from_the_model(after_first: Place, plain: dict[str,
 
 def test_a_night_keeps_a_retraining(after_first: Place, plain: dict[str, Any]) -> None:
     """It does not bring back the weights that its spec names, until there are others."""
-    own, new = after_first.path / "plain.safetensors", after_first.path / "retrained.safetensors"
-    state = safetensors.torch.load_file(own)
-    safetensors.torch.save_file({name: tensor * 1.001 for name, tensor in state.items()}, new)
+    new = scale_weights(after_first, 1.001, "retrained.safetensors")
     assert after_first.retrain(plain, new).state.name == "Completed"
     for _ in range(2):
         night = after_first.night(plain)
@@ -130,7 +133,7 @@ def test_a_night_keeps_a_retraining(after_first: Place, plain: dict[str, Any]) -
         assert night.report.spec.model.weights == str(new)
     assert read_release(LocalStore(after_first.store), "plain", 2).release.number == 2
 
-    safetensors.torch.save_file({name: tensor * 1.002 for name, tensor in state.items()}, own)
+    scale_weights(after_first, 1.002, "plain.safetensors")
     night = after_first.night(plain)
     assert changed(night) == {"weights", "spec"}
     assert night.report.spec.model.weights == plain["model"]["weights"]
@@ -139,9 +142,7 @@ def test_a_night_keeps_a_retraining(after_first: Place, plain: dict[str, Any]) -
 
 def test_a_run_by_hand_takes_its_spec_as_it_is(after_first: Place, plain: dict[str, Any]) -> None:
     """After a retraining too; and the nights after it keep what it made."""
-    own, new = after_first.path / "plain.safetensors", after_first.path / "retrained.safetensors"
-    state = safetensors.torch.load_file(own)
-    safetensors.torch.save_file({name: tensor * 1.001 for name, tensor in state.items()}, new)
+    new = scale_weights(after_first, 1.001, "retrained.safetensors")
     assert after_first.retrain(plain, new).state.name == "Completed"
     assert changed(after_first.run(plain)) == {"weights", "spec"}
     night = after_first.night(plain)
